@@ -1,0 +1,181 @@
+"""The codec's heavy work in plain torch and numpy, tile by tile: the oracle that the other kernels must
+equal.
+
+A kernel is a class with the methods of `Kernel` (kernels/base.py). This one favours the plain statement over
+speed, yet works on tiles of whole groups, so that the extra memory is bounded.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dtrain.compression import dct, group
+from dtrain.compression.layout import Layout
+from dtrain.compression.section import Section, SectionFormat
+
+Ints = npt.NDArray[np.int64]
+
+TILE_CHUNKS = 64  # at least; rounded up to whole groups
+
+
+class ReferenceKernel:
+    """Plain torch, on the CPU."""
+
+    name = "reference"
+
+    def encode(
+        self,
+        fmt: SectionFormat,
+        tensors: Sequence[torch.Tensor],
+        feedback: torch.Tensor,
+        decay: float,
+        transform: str,
+    ) -> tuple[Ints, list[bytes]]:
+        """feedback <- decay * feedback + tensors, then `compress`. `feedback`: all sparse elements, [n] fp32."""
+        layout = fmt.layout
+        for first, end in _tiles(layout, 0, layout.num_groups):
+            kept = feedback[layout.elements(first, end - first)]
+            kept.mul_(decay).add_(_gather(layout, tensors, first, end, transform))
+        return self.compress(fmt, feedback, 0, layout.num_groups)
+
+    def compress(
+        self, fmt: SectionFormat, values: torch.Tensor, first_group: int, end_group: int
+    ) -> tuple[Ints, list[bytes]]:
+        """Write the largest values of each chunk and subtract what was written from `values` (1-D fp32, these
+        groups).
+
+        Returns (byte length of each group, the groups' bytes).
+        """
+        layout = fmt.layout
+        written = []
+        done = 0
+        for first, end in _tiles(layout, first_group, end_group):
+            tile = values[done : done + int(layout.offset[end] - layout.offset[first])]
+            done += len(tile)
+            positions, flat = _select(fmt, tile, first, end), tile.numpy()
+            for number in range(first // layout.group, -(-end // layout.group)):
+                a, b = layout.group_chunks(number)
+                mine = positions[
+                    fmt.kept_before[a] - fmt.kept_before[first] : fmt.kept_before[b] - fmt.kept_before[first]
+                ]
+                start = layout.offset[a] - layout.offset[first]
+                data, sent = group.pack(fmt, number, mine - start, flat[mine])
+                flat[mine] -= sent
+                written.append(data)
+        return np.asarray([len(data) for data in written], np.int64), written
+
+    def check(self, fmt: SectionFormat, section: Section) -> None:
+        """Read every group and forget it. Raises PayloadError as `group.unpack` does."""
+        for number in range(section.first_group, section.end_group):
+            group.unpack(fmt, number, section.group(number))
+
+    def add(self, fmt: SectionFormat, section: Section, weight: float, out: torch.Tensor) -> None:
+        """out <- out + weight * section, `out` 1-D fp32 with the sparse elements of the section's range."""
+        base = int(fmt.layout.offset[fmt.layout.group_chunks(section.first_group)[0]])
+        for number in range(section.first_group, section.end_group):
+            start = int(fmt.layout.offset[fmt.layout.group_chunks(number)[0]]) - base
+            positions, values = group.unpack(fmt, number, section.group(number), weight)
+            out.numpy()[start + positions] += values
+
+    def decode(
+        self,
+        fmt: SectionFormat,
+        sections: Sequence[tuple[float, Section]],
+        outputs: Sequence[torch.Tensor],
+        transform: str,
+    ) -> None:
+        """Write the weighted sum of sections that cover the same range into `outputs` (contiguous fp32
+        tensors).
+        """
+        layout = fmt.layout
+        whole = sections[0][1]
+        for first, end in _tiles(layout, whole.first_group, whole.end_group):
+            sums = torch.zeros(int(layout.offset[end] - layout.offset[first]))
+            for weight, section in sections:
+                for number in range(first // layout.group, -(-end // layout.group)):
+                    start = int(layout.offset[layout.group_chunks(number)[0]] - layout.offset[first])
+                    positions, values = group.unpack(fmt, number, section.group(number), weight)
+                    sums.numpy()[start + positions] += values
+            _scatter(layout, sums, outputs, first, end, transform)
+
+
+def _tiles(layout: Layout, first_group: int, end_group: int) -> Iterator[tuple[int, int]]:
+    """(first chunk, end chunk) of tiles of whole groups."""
+    step = -(-TILE_CHUNKS // layout.group)
+    for number in range(first_group, end_group, step):
+        last = min(number + step, end_group) - 1
+        yield layout.group_chunks(number)[0], layout.group_chunks(last)[1]
+
+
+def _pieces(layout: Layout, first: int, end: int) -> Iterator[tuple[int, int]]:
+    """Split a chunk range where the tensor or the chunks' size changes: the chunks of a piece have one shape."""
+    changes = (np.diff(layout.tensor[first:end]) != 0) | (np.diff(layout.size[first:end]) != 0)
+    edges = [first, *(np.flatnonzero(changes) + first + 1).tolist(), end]
+    yield from itertools.pairwise(edges)
+
+
+def _view(layout: Layout, tensor: torch.Tensor, first: int, end: int) -> list[torch.Tensor]:
+    """The chunks of one piece as views of their tensor, each [rows, 64] or, for runs, [size]."""
+    size, stride = int(layout.size[first]), int(layout.stride[first])
+    starts = layout.start[first:end].tolist()
+    if stride == dct.SIDE:
+        flat = tensor.reshape(-1)
+        return [flat[s : s + size] for s in starts]
+    matrix = tensor.reshape(-1, stride)
+    side = dct.SIDE
+    corners = [(s // stride, s % stride) for s in starts]
+    return [matrix[row : row + side, column : column + side] for row, column in corners]
+
+
+def _gather(
+    layout: Layout, tensors: Sequence[torch.Tensor], first: int, end: int, transform: str
+) -> torch.Tensor:
+    """Elements of sparse chunks first to end in chunk order, fp32 [n], transformed."""
+    parts = []
+    for a, b in _pieces(layout, first, end):
+        views = _view(layout, tensors[int(layout.tensor[a])], a, b)
+        piece = torch.stack([view.reshape(-1) for view in views]).to(device="cpu", dtype=torch.float32)
+        if transform == "dct" and int(layout.size[a]) == layout.chunk:
+            piece = dct.forward(piece.view(-1, dct.SIDE, dct.SIDE))
+        parts.append(piece.reshape(-1))
+    return torch.cat(parts)
+
+
+def _scatter(
+    layout: Layout, sums: torch.Tensor, outputs: Sequence[torch.Tensor], first: int, end: int, transform: str
+) -> None:
+    """Inverse of `_gather`: write the elements of sparse chunks first to end into the tensors."""
+    done = 0
+    for a, b in _pieces(layout, first, end):
+        size = int(layout.size[a])
+        piece = sums[done : done + (b - a) * size].view(b - a, size)
+        done += piece.numel()
+        if transform == "dct" and size == layout.chunk:
+            piece = dct.inverse(piece.view(-1, dct.SIDE, dct.SIDE)).reshape(b - a, size)
+        for row, view in zip(piece, _view(layout, outputs[int(layout.tensor[a])], a, b), strict=True):
+            view.copy_(row.view(view.shape))
+
+
+def _select(fmt: SectionFormat, values: torch.Tensor, first: int, end: int) -> Ints:
+    """Positions in `values` (the elements of sparse chunks first to end) of each chunk's largest magnitudes,
+    ascending.
+
+    Of equal magnitudes the lowest positions are taken first.
+    """
+    found, done = [], 0
+    for a, b in _pieces(fmt.layout, first, end):
+        size, k = int(fmt.layout.size[a]), int(fmt.kept[a])
+        magnitude = values[done : done + (b - a) * size].view(b - a, size).abs()
+        cut = magnitude.topk(k, sorted=False).values.amin(1, keepdim=True)
+        above, equal = magnitude > cut, magnitude == cut
+        missing = k - above.sum(1, keepdim=True)
+        if int(equal.sum()) > int(missing.sum()):
+            equal &= equal.cumsum(1) <= missing
+        found.append((above | equal).flatten().nonzero().flatten() + done)
+        done += magnitude.numel()
+    return torch.cat(found).numpy()

@@ -1,0 +1,269 @@
+"""The averager: hivemind's DecentralizedAverager, carrying sparse payloads and sure of what it delivered.
+
+Used as hivemind's own PowerSGD averager uses it: matchmaking, RPC plumbing and the group life cycle are hivemind's,
+`_aggregate_with_group` is ours. It lives in the network process's event loop instead of a forked process of its own,
+so it is never started with `start()`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, AsyncIterator  # noqa: UP035  # hivemind recognizes streams by typing's AsyncIterator only
+
+import torch
+from google.protobuf.wrappers_pb2 import BytesValue
+from hivemind.averaging import DecentralizedAverager
+from hivemind.averaging.group_info import GroupInfo
+from hivemind.p2p import P2P, P2PContext, PeerID
+from hivemind.proto import averaging_pb2
+from hivemind.utils import get_dht_time
+
+from dtrain.compression.codec import Codec
+from dtrain.dht.history import RoundHistory, RoundRecord
+from dtrain.dht.matchmaking import RoundMatchmaking, Ticket
+from dtrain.dht.membership import Contribution, agree_on_members, pack_hello
+from dtrain.dht.rounds import RoundRunner
+from dtrain.dht.streams import StreamError, answer, next_message, parse_header
+
+REQUEST_TIMEOUT_S = 3.0  # a leader that does not answer within this is passed over
+MIN_MATCHMAKING_S = 4.0  # must exceed the request timeout, or hivemind's search can deadlock
+GROUP_KNOWN_S = 5.0  # a groupmate may call us before our leader's word that the group exists has come
+KEPT_RUNNERS = 4  # slow groupmates may still ask for a span of the last few groups
+MAX_HEADER_SIZE_FIELD = 2**62  # sizes are judged where the blob is read
+
+Method = Callable[[AsyncIterator[BytesValue]], Awaitable[AsyncIterator[BytesValue]]]
+Reply = tuple[dict[str, Any], "bytes | memoryview"]
+
+
+@dataclass(frozen=True)
+class RunTerms:
+    """What the averager must know of the run's manifest. Times in seconds."""
+
+    prefix: str
+    manifest_hash: bytes
+    matchmaking_s: float
+    round_timeout_s: float
+    sender_timeout_s: float
+    exact_up_to: int
+
+    @property
+    def run_tag(self) -> bytes:
+        return self.manifest_hash[:8]
+
+
+class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind ships no types
+    """One worker's part in the exchange: finds each round's group, runs the round, serves the other members."""
+
+    _rpc_handlers = None  # hivemind caches these on the class: without a reset they would be the base class's
+    _stub_type = None
+
+    def __init__(
+        self,
+        terms: RunTerms,
+        codec: Codec,
+        dht: Any,
+        offer_state: Callable[[dict[str, Any]], Awaitable[Reply]],
+        *,
+        client_mode: bool,
+    ):
+        super().__init__(
+            [torch.zeros(1)],  # our tensors travel as payloads; hivemind's own list stays a token
+            dht,
+            start=False,
+            prefix=terms.prefix,
+            min_matchmaking_time=MIN_MATCHMAKING_S,
+            request_timeout=REQUEST_TIMEOUT_S,
+            client_mode=client_mode,
+            allow_state_sharing=False,
+        )
+        self.terms, self.codec, self._offer_state = terms, codec, offer_state
+        self.schema_hash = terms.manifest_hash  # peers of another manifest are refused while matchmaking
+        self.history = RoundHistory()
+        self._runners: OrderedDict[bytes, RoundRunner] = OrderedDict()
+        self._residual: torch.Tensor | None = None
+        self._group_registered = asyncio.Condition()
+
+    async def open(self, p2p: P2P) -> None:
+        """Begin to answer other peers."""
+        self._p2p = p2p
+        self._matchmaking = RoundMatchmaking(
+            p2p,
+            self.schema_hash,
+            self.dht,
+            base_prefix=self.terms.prefix,
+            client_mode=self.client_mode,
+            **self.matchmaking_kwargs,
+        )
+        self._pending_groups_registered = asyncio.Event()
+        if not self.client_mode:
+            await self.add_p2p_handlers(p2p, namespace=self.prefix)
+
+    # ------------------------------------------------------------------ one round
+
+    async def run_round(
+        self, contribution: Contribution, expected: Callable[[], int]
+    ) -> RoundRecord | None:
+        """Meet the round's group and reduce with it; None when no group met within the manifest's time.
+
+        `expected()` is the number of live peers, ourselves included.
+        """
+        started, now = time.monotonic(), get_dht_time()
+        patience_s = max(MIN_MATCHMAKING_S, self.terms.matchmaking_s)
+        ticket = Ticket(
+            data_for_gather=pack_hello(contribution, reduces=not self.client_mode),
+            scheduled_time=now + patience_s,
+            deadline=now + patience_s + 2 * MIN_MATCHMAKING_S,
+        )
+        group = await self._matchmaking.find_round_group(contribution.round, ticket, expected)
+        if group is None:
+            return None
+        wait_s = time.monotonic() - started
+        with self._register_allreduce_group(group):
+            return await self._aggregate_with_group(group, contribution=contribution, wait_s=wait_s)
+
+    async def _aggregate_with_group(
+        self, group: GroupInfo, *, contribution: Contribution, wait_s: float
+    ) -> RoundRecord:
+        started = time.monotonic()
+        members = agree_on_members(group.peer_ids, group.gathered, contribution.round)
+        ids = [member.peer_id for member in members]
+        if str(self.peer_id) not in ids:
+            self._running_groups[group.group_id].cancel()
+            return RoundRecord(contribution.round, contribution.base_digest, ids, stale=True, wait_s=wait_s)
+        runner = RoundRunner(
+            codec=self.codec,
+            run=self.terms.run_tag,
+            round=contribution.round,
+            base_digest=contribution.base_digest,
+            group_id=group.group_id,
+            members=members,
+            own_index=ids.index(str(self.peer_id)),
+            payload=contribution.payload,
+            residual=None if len(members) <= self.terms.exact_up_to else self._reducer_residual(),
+            call=lambda j, name: self.method(ids[j], name),
+            round_timeout_s=self.terms.round_timeout_s,
+            sender_timeout_s=self.terms.sender_timeout_s,
+        )
+        self._running_groups[group.group_id].set_result(runner)
+        await self._register(runner)
+        await runner.run()
+        record = runner.record(wait_s=wait_s, exchange_s=time.monotonic() - started)
+        self.history.keep(record)
+        return record
+
+    def _reducer_residual(self) -> torch.Tensor:
+        if self._residual is None:
+            self._residual = self.codec.residual(0, self.codec.num_chunks)
+        return self._residual
+
+    async def run_alone(self, contribution: Contribution) -> RoundRecord:
+        """A round of one: our own payload is the aggregate."""
+        first, count = whole = [0, self.codec.num_chunks]
+        aggregate = await asyncio.to_thread(
+            self.codec.reduce,
+            [(0, contribution.weight, contribution.payload)],
+            run=self.terms.run_tag,
+            round=contribution.round,
+            first_chunk=first,
+            num_chunks=count,
+        )
+        own = [str(self.peer_id)]
+        record = RoundRecord(contribution.round, contribution.base_digest, own, own, [whole], [aggregate])
+        self.history.keep(record)
+        return record
+
+    async def _register(self, runner: RoundRunner) -> None:
+        async with self._group_registered:
+            self._runners[runner.group_id] = runner
+            while len(self._runners) > KEPT_RUNNERS:
+                self._runners.popitem(last=False)
+            self._group_registered.notify_all()
+
+    async def _runner_of(self, group_id: object) -> RoundRunner:
+        if not isinstance(group_id, bytes):
+            raise StreamError("no group id")
+        async with self._group_registered:
+            known = self._group_registered.wait_for(lambda: group_id in self._runners)
+            try:
+                await asyncio.wait_for(known, GROUP_KNOWN_S)
+            except asyncio.TimeoutError:
+                raise StreamError("unknown group") from None
+            return self._runners[group_id]
+
+    # ------------------------------------------------------------------ calling and answering other peers
+
+    def method(self, peer_id: str, name: str) -> Method:
+        """A streaming RPC method of another peer."""
+        stub = self.get_stub(self._p2p, PeerID.from_base58(peer_id), namespace=self.prefix)
+        method: Method = getattr(stub, name)
+        return method
+
+    async def rpc_join_group(
+        self, request: averaging_pb2.JoinRequest, context: P2PContext
+    ) -> AsyncIterator[averaging_pb2.MessageFromLeader]:
+        async for message in self._matchmaking.rpc_join_group(request, context):
+            yield message
+
+    async def rpc_aggregate_part(
+        self, stream: AsyncIterator[BytesValue], context: P2PContext
+    ) -> AsyncIterator[BytesValue]:
+        """A groupmate's section of our span; the reply is the span's aggregate."""
+
+        async def handle() -> Reply:
+            first = await next_message(stream, self.terms.sender_timeout_s)
+            header = parse_header(first.value, MAX_HEADER_SIZE_FIELD)
+            runner = await self._runner_of(header.get("group"))
+            return await runner.serve_part(str(context.remote_id), header, stream)
+
+        async for message in answer(stream, handle):
+            yield message
+
+    async def rpc_fetch_span(
+        self, stream: AsyncIterator[BytesValue], context: P2PContext
+    ) -> AsyncIterator[BytesValue]:
+        """A groupmate that lost a reducer asks for that reducer's aggregate."""
+
+        async def handle() -> Reply:
+            header = await self._header(stream)
+            runner = await self._runner_of(header.get("group"))
+            return runner.serve_span(str(context.remote_id), header.get("span"))
+
+        async for message in answer(stream, handle):
+            yield message
+
+    async def rpc_fetch_round(
+        self, stream: AsyncIterator[BytesValue], context: P2PContext
+    ) -> AsyncIterator[BytesValue]:
+        """A straggler asks for the aggregates of a past round."""
+
+        async def handle() -> Reply:
+            return self.history.reply((await self._header(stream)).get("round"))
+
+        async for message in answer(stream, handle):
+            yield message
+
+    async def rpc_fetch_state(
+        self, stream: AsyncIterator[BytesValue], context: P2PContext
+    ) -> AsyncIterator[BytesValue]:
+        """A newcomer asks for everything it needs to stand where we stand."""
+
+        async def handle() -> Reply:
+            return await self._offer_state(await self._header(stream))
+
+        async for message in answer(stream, handle):
+            yield message
+
+    async def _header(self, stream: AsyncIterator[BytesValue]) -> dict[str, Any]:
+        first = await next_message(stream, self.terms.sender_timeout_s)
+        return parse_header(first.value, 0)
+
+    async def rpc_download_state(
+        self, request: averaging_pb2.DownloadRequest, context: P2PContext
+    ) -> AsyncIterator[averaging_pb2.DownloadData]:
+        """hivemind's own state download is not part of our protocol: rpc_fetch_state is checked and resumable."""
+        return
+        yield  # makes this an async generator, as hivemind requires

@@ -1,0 +1,94 @@
+"""Who is there: each worker's signed heartbeat in the DHT, and this peer's view of all the others'."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import base58
+from hivemind.dht.node import DHTNode
+from hivemind.utils import get_dht_time
+
+from dtrain.dht.records import pack_status, unpack_status
+
+# States in which a worker takes part in no round; see `dtrain.trainer.exchange.ABSENT`.
+ABSENT = ("joining", "finished", "leaving", "stopped")
+
+
+@dataclass(frozen=True)
+class PeerRecord:
+    """Another worker's last heartbeat."""
+
+    peer_id: str
+    status: Mapping[str, Any]
+    expires: float  # DHT time
+
+    @property
+    def is_active(self) -> bool:
+        """Whether this peer takes part in rounds, so that the others wait for it."""
+        return self.status["state"] not in ABSENT
+
+    @property
+    def work(self) -> float:
+        """Tokens in the history of this peer's theta; of two histories the one with more work is the run's."""
+        work = self.status.get("work", 0)
+        return float(work) if isinstance(work, (int, float)) else 0.0
+
+
+class Heartbeats:
+    """Writes this worker's heartbeat and keeps the view of the others fresh."""
+
+    def __init__(self, node: DHTNode, prefix: str, *, ttl_s: float, poll_s: float):
+        self._node, self._key = node, f"{prefix}.workers"
+        self._ttl_s, self._poll_s = ttl_s, poll_s
+        self._own_id = node.peer_id.to_bytes()
+        self._others: dict[str, PeerRecord] = {}
+        self.status: dict[str, Any] = {"round": 0, "digest": "", "state": "joining", "work": 0.0}
+
+    async def announce(self, status: Mapping[str, Any]) -> None:
+        """Store this worker's heartbeat; it stays fresh for the run's `heartbeat_ttl_s`."""
+        self.status = dict(status)
+        await self._node.store(
+            self._key,
+            pack_status(status),
+            expiration_time=get_dht_time() + self._ttl_s,
+            subkey=self._own_id,
+        )
+
+    async def poll(self) -> None:
+        """Read everybody's heartbeat, over and over. Runs until cancelled."""
+        while True:
+            await self.refresh()
+            await asyncio.sleep(self._poll_s)
+
+    async def refresh(self) -> None:
+        found = await self._node.get(self._key, latest=True)
+        records = found.value if found is not None and isinstance(found.value, dict) else {}
+        for owner, record in records.items():
+            status = unpack_status(getattr(record, "value", None))
+            if status is None or not isinstance(owner, bytes) or owner == self._own_id:
+                continue
+            peer_id = base58.b58encode(owner).decode()
+            known = self._others.get(peer_id)
+            if known is None or record.expiration_time >= known.expires:
+                self._others[peer_id] = PeerRecord(peer_id, status, record.expiration_time)
+
+    def others(self) -> list[PeerRecord]:
+        """Every other worker whose heartbeat has not run out."""
+        now = get_dht_time()
+        self._others = {k: v for k, v in self._others.items() if v.expires > now}
+        return sorted(self._others.values(), key=lambda record: record.peer_id)
+
+    def active(self) -> list[PeerRecord]:
+        return [record for record in self.others() if record.is_active]
+
+    def donors(self) -> list[PeerRecord]:
+        """Peers that can hand out past rounds and state."""
+        return [record for record in self.others() if record.status["state"] != "joining"]
+
+    def ahead(self) -> list[PeerRecord]:
+        """Peers whose theta has more work in it than ours."""
+        own = float(self.status.get("work", 0.0))
+        return [record for record in self.donors() if record.work > own]

@@ -1,0 +1,86 @@
+"""Who takes part in a round: what members say of themselves while they meet, and how the group agrees on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+PROTOCOL_VERSION = 1
+MAX_WEIGHT = 1e12
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What a worker brings to a round: its payload, weighted in tokens, made on top of the theta of that digest."""
+
+    round: int
+    base_digest: bytes
+    payload: bytes
+    weight: float
+
+
+@dataclass(frozen=True)
+class Member:
+    """One peer of the group, as every member of the group sees it."""
+
+    peer_id: str
+    weight: float
+    reduces: bool  # peers that nobody can dial own no span
+
+
+def pack_hello(contribution: Contribution, *, reduces: bool) -> bytes:
+    """What a peer tells its group while matchmaking."""
+    hello = msgpack.packb(
+        {
+            "version": PROTOCOL_VERSION,
+            "round": contribution.round,
+            "digest": contribution.base_digest,
+            "weight": float(contribution.weight),
+            "reduces": reduces,
+        }
+    )
+    assert isinstance(hello, bytes)
+    return hello
+
+
+def agree_on_members(peer_ids: Sequence[object], gathered: Sequence[bytes], round: int) -> list[Member]:
+    """The largest set of groupmates that stand at `round` with one base digest, in canonical order.
+
+    Everybody in the group got the same metadata from the leader, so everybody comes to the same answer. Ties go to
+    the set with more weight, then to the smaller digest. A set in which nobody can be dialled cannot reduce.
+    """
+    sets: dict[bytes, list[Member]] = {}
+    for peer_id, raw in zip(peer_ids, gathered):
+        hello = _parse_hello(raw)
+        if hello is not None and hello["round"] == round:
+            member = Member(str(peer_id), hello["weight"], hello["reduces"])
+            sets.setdefault(hello["digest"], []).append(member)
+    sets = {digest: members for digest, members in sets.items() if any(m.reduces for m in members)}
+    if not sets:
+        return []
+
+    def rank(digest: bytes) -> tuple[int, float, tuple[int, ...]]:
+        members = sets[digest]
+        return len(members), sum(m.weight for m in members), tuple(-b for b in digest)
+
+    return sorted(sets[max(sets, key=rank)], key=lambda member: member.peer_id)
+
+
+def _parse_hello(raw: bytes) -> dict[str, Any] | None:
+    try:
+        hello: dict[str, Any] = msgpack.unpackb(raw)
+        fits = (
+            hello["version"] == PROTOCOL_VERSION
+            and isinstance(hello["round"], int)
+            and isinstance(hello["digest"], bytes)
+            and len(hello["digest"]) == 32
+            and isinstance(hello["weight"], float)
+            and 0 < hello["weight"] <= MAX_WEIGHT
+            and isinstance(hello["reduces"], bool)
+        )
+    except Exception:  # one peer's garbage must not fail the group
+        return None
+    return hello if fits else None

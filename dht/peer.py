@@ -1,0 +1,337 @@
+"""The network process of a worker: DHT node, averager and state transfer in one event loop.
+
+A worker starts it as a child (`python -m dtrain.dht.peer FD`) and talks to it over the socket FD, which is also its
+lifeline: when the worker goes, however it goes, the socket closes and this process cleans up and ends. So training
+never shares a process with hivemind, never forks, and a crashed network process is simply started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import torch
+from hivemind.dht.node import DHTNode
+from hivemind.p2p import P2P
+from hivemind.utils import get_dht_time
+
+from dtrain.compression.codec import Codec
+from dtrain.compression.errors import PayloadError
+from dtrain.compression.spec import CodecSpec
+from dtrain.dht import ipc, rendezvous
+from dtrain.dht.averager import RunTerms, SwarmAverager
+from dtrain.dht.heartbeats import Heartbeats
+from dtrain.dht.history import RoundRecord, parse_round
+from dtrain.dht.identity import IdentityError, load_or_create
+from dtrain.dht.membership import Contribution
+from dtrain.dht.records import MAX_RECORD_BYTES, SignedRecords
+from dtrain.dht.state import StateDonor, fetch_state
+from dtrain.dht.streams import StreamError, ask, in_background
+from dtrain.dht.transport import Traffic, TransportError, patch_hivemind, start_daemon
+
+MANIFEST_LIFETIME_S = 1800.0
+MANIFEST_PERIOD_S = 600.0
+FETCH_TIMEOUT_S = 10.0
+SHOW_PERIOD_S = 0.25
+LEAVE_S = 2.0  # longest wait for our last heartbeat on the way out
+
+Args = dict[str, Any]
+
+
+class LocalDht:
+    """What hivemind's matchmaking needs of a DHT object, answered by the node in this very process."""
+
+    client_mode = False
+
+    def __init__(self, node: DHTNode):
+        self._node = node
+        self.peer_id = node.peer_id
+
+    def store(self, *args: Any, return_future: bool = False, **kwargs: Any) -> Awaitable[bool]:
+        stored: Awaitable[bool] = self._node.store(*args, **kwargs)
+        return stored
+
+    def get(self, *args: Any, return_future: bool = False, **kwargs: Any) -> Awaitable[Any]:
+        found: Awaitable[Any] = self._node.get(*args, **kwargs)
+        return found
+
+
+class NetworkPeer:
+    """Carries out the worker's commands; one method per command, named in `COMMANDS`."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self._reader, self._writer = reader, writer
+        self._traffic = Traffic()
+        self._private = Path()
+        self._rendezvous_file: Path | None = None
+        self._asked: dict[int, asyncio.Future[Any]] = {}
+        self._next_question = 0
+        self._tasks: list[asyncio.Task[Any]] = []
+
+    async def serve(self) -> None:
+        """Serve the worker until it says "close" or is gone."""
+        try:
+            while True:
+                message = await ipc.receive_async(self._reader)
+                if "answer" in message:
+                    self._asked.pop(message["answer"]).set_result(message["value"])
+                elif message["do"] == "close":
+                    break
+                else:
+                    in_background(self._carry_out(message))
+        except EOFError:
+            pass
+        finally:
+            await self._clean_up()
+
+    async def _carry_out(self, message: ipc.Message) -> None:
+        try:
+            value = await COMMANDS[message["do"]](self, message["args"])
+            reply = {"id": message["id"], "value": value}
+        except (TransportError, IdentityError, StreamError) as error:
+            reply = {"id": message["id"], "error": str(error)}
+        except Exception as error:
+            logging.exception("command %s failed", message["do"])
+            reply = {"id": message["id"], "error": f"internal error: {error!r:.300}"}
+        self._send(reply)
+
+    def _send(self, message: ipc.Message) -> None:
+        if not self._writer.is_closing():
+            self._writer.write(ipc.encode(message))
+
+    async def _ask_worker(self, question: str) -> Any:
+        self._next_question += 1
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._asked[self._next_question] = future
+        self._send({"ask": question, "id": self._next_question})
+        return await asyncio.wait_for(future, FETCH_TIMEOUT_S * 6)
+
+    # ------------------------------------------------------------------ commands
+
+    async def connect(self, args: Args) -> Args:
+        """Start the daemon and the DHT node; returns the peer id and the addresses others can dial."""
+        self._private = Path(args["private_folder"])
+        patch_hivemind(self._private, self._traffic)
+        identity = load_or_create(Path(args["identity"]))
+        peers = args["initial_peers"]
+        self._p2p: P2P = await start_daemon(
+            identity, host=args["host"], port=args["port"], initial_peers=peers
+        )
+        daemon_end = asyncio.ensure_future(self._p2p._child.wait())
+        daemon_end.add_done_callback(lambda _: self._writer.close())  # without it we are deaf: end, be restarted
+        try:
+            self._node = await DHTNode.create(
+                p2p=self._p2p,
+                initial_peers=peers or None,
+                record_validator=SignedRecords(identity),
+                cache_locally=False,
+                cache_on_store=False,
+            )
+        except Exception as error:  # hivemind raises several types when nobody answers
+            raise TransportError(f"the given peers do not answer: {str(error)[:300]}") from None
+        addresses = [str(address) for address in await self._p2p.get_visible_maddrs()]
+        return {"peer_id": identity.peer_id, "addresses": addresses}
+
+    async def find_manifests(self, args: Args) -> list[bytes]:
+        """Every manifest that somebody has published under this run id, unchecked."""
+        found = await self._node.get(manifest_key(args["run_id"]), latest=True)
+        records = found.value.values() if found is not None and isinstance(found.value, dict) else []
+        values = {record.value for record in records if isinstance(record.value, bytes)}
+        return sorted(value for value in values if len(value) <= MAX_RECORD_BYTES)
+
+    async def open_run(self, args: Args) -> None:
+        """Begin to take part in a run."""
+        terms = RunTerms(**args["terms"])
+        shapes = [(name, tuple(shape)) for name, shape in args["shapes"]]
+        self._codec = await asyncio.to_thread(Codec, CodecSpec.from_dict(args["codec"]), shapes)
+        self._terms = terms
+        self._heartbeats = Heartbeats(
+            self._node, terms.prefix, ttl_s=args["heartbeat_ttl_s"], poll_s=args["heartbeat_s"] / 4
+        )
+        self._donor = StateDonor(self._make_snapshot)
+        self._averager = SwarmAverager(
+            terms, self._codec, LocalDht(self._node), self._donor.offer, client_mode=False
+        )
+        await self._averager.open(self._p2p)
+        self._tasks.append(asyncio.create_task(self._publish_manifest(args["run_id"], args["manifest"])))
+        await self._heartbeats.refresh()
+        self._show_swarm()  # the worker sees who is there before its next command
+        self._tasks.append(asyncio.create_task(self._watch_swarm()))
+        if args["publish_locally"]:
+            worker = rendezvous.LocalWorker(
+                args["run_id"],
+                args["worker_pid"],
+                str(self._node.peer_id),
+                terms.manifest_hash.hex(),
+                [str(address) for address in await self._p2p.get_visible_maddrs()],
+            )
+            self._rendezvous_file = rendezvous.publish(worker)
+
+    async def announce(self, args: Args) -> None:
+        await self._heartbeats.announce(args["status"])
+
+    async def run_round(self, args: Args) -> Args:
+        """Take part in a round; the reply's "verdict" is one of trainer/exchange.py's."""
+        contribution = Contribution(args["round"], args["base_digest"], args["payload"], args["weight"])
+        started = time.monotonic()
+        await self._heartbeats.refresh()
+        while True:
+            if self._heartbeats.ahead():
+                return {"verdict": "stale"}
+            if not self._heartbeats.active():
+                return self._verdict("alone", await self._averager.run_alone(contribution))
+            record = await self._averager.run_round(contribution, self._expected)
+            if record is not None:
+                return self._verdict("stale" if record.stale else "done", record)
+            others = self._heartbeats.active()
+            if others and not self._heartbeats.ahead():
+                waited = time.monotonic() - started
+                problem = f"no group within {waited:.0f} s: {len(others)} other workers are visible; trying again"
+                return {"verdict": "no-group", "problem": problem}
+
+    def _expected(self) -> int:
+        """How many peers may come to our round, ourselves included; 0 once somebody is ahead of us."""
+        return 0 if self._heartbeats.ahead() else len(self._heartbeats.active()) + 1
+
+    @staticmethod
+    def _verdict(verdict: str, record: RoundRecord) -> Args:
+        fields = record.as_dict()
+        fields["problem"] = "; ".join(fields.pop("problems"))
+        del fields["stale"]
+        return {"verdict": verdict, **fields}
+
+    async def fetch_round(self, args: Args) -> Args | None:
+        """A past round from any peer that has it; everything in it checked."""
+        round = args["round"]
+        for record in self._heartbeats.donors():
+            limit = self._codec.max_aggregate_bytes(0, self._codec.num_chunks, 2**10)
+            try:
+                reply, blob = await ask(
+                    self._averager.method(record.peer_id, "rpc_fetch_round"),
+                    {"round": round},
+                    max_bytes=limit,
+                    timeout_s=FETCH_TIMEOUT_S,
+                )
+                past = parse_round(round, reply, blob)
+                for (first, count), aggregate in zip(past.spans, past.aggregates):
+                    self._codec.check_aggregate(
+                        aggregate,
+                        run=self._terms.run_tag,
+                        round=round,
+                        first_chunk=first,
+                        num_chunks=count,
+                        num_members=len(past.members),
+                    )
+            except asyncio.CancelledError:
+                raise
+            except PayloadError as error:
+                logging.warning("%s gave a bad past round: %s", record.peer_id, error)
+                continue
+            except Exception as error:  # unreachable, or has it no more
+                logging.info("%s cannot give round %d: %r", record.peer_id, round, error)
+                continue
+            self._averager.history.keep(past)
+            return self._verdict("done", past)
+        return None
+
+    async def fetch_state(self, args: Args) -> Args | None:
+        """Download the swarm's state into a file, whose path is the reply; the worker unlinks it."""
+        await self._heartbeats.refresh()
+        path = self._private / "incoming.safetensors"
+        last = [0.0]
+
+        def progress(have: int, total: int) -> None:
+            if have == total or time.monotonic() - last[0] > 0.2:
+                last[0] = time.monotonic()
+                self._send({"event": "progress", "have": have, "total": total})
+
+        donors = [record.peer_id for record in self._heartbeats.donors()]
+        offer = await fetch_state(donors, self._averager.method, path, progress)
+        if offer is None:
+            return None
+        return {"round": offer.round, "work": offer.work, "digest": offer.digest, "path": str(path)}
+
+    # ------------------------------------------------------------------ background work
+
+    async def _make_snapshot(self) -> tuple[int, float, bytes, Path] | None:
+        made = await self._ask_worker("state")
+        return None if made is None else (made["round"], made["work"], made["digest"], Path(made["path"]))
+
+    async def _publish_manifest(self, run_id: str, manifest: bytes) -> None:
+        while True:
+            expires = get_dht_time() + MANIFEST_LIFETIME_S
+            owner = self._node.peer_id.to_bytes()
+            await self._node.store(manifest_key(run_id), manifest, expiration_time=expires, subkey=owner)
+            await asyncio.sleep(MANIFEST_PERIOD_S)
+
+    async def _watch_swarm(self) -> None:
+        poll = asyncio.create_task(self._heartbeats.poll())
+        self._tasks.append(poll)
+        while True:
+            self._show_swarm()
+            await asyncio.sleep(SHOW_PERIOD_S)
+
+    def _show_swarm(self) -> None:
+        now = get_dht_time()
+        peers = [[r.peer_id, dict(r.status), r.expires - now] for r in self._heartbeats.others()]
+        self._send({"event": "swarm", "peers": peers, "traffic": [self._traffic.up, self._traffic.down]})
+
+    async def _clean_up(self) -> None:
+        """Say goodbye if there is time, end the daemon, remove every file of ours."""
+        for task in self._tasks:
+            task.cancel()
+        try:
+            if hasattr(self, "_heartbeats"):
+                goodbye = self._heartbeats.announce({**self._heartbeats.status, "state": "leaving"})
+                await asyncio.wait_for(goodbye, LEAVE_S)
+        except Exception:  # leaving anyway
+            pass
+        finally:
+            if self._rendezvous_file is not None:
+                self._rendezvous_file.unlink(missing_ok=True)
+            if hasattr(self, "_p2p"):
+                self._p2p._terminate()
+            if self._private != Path():
+                shutil.rmtree(self._private, ignore_errors=True)
+
+
+COMMANDS: dict[str, Callable[[NetworkPeer, Args], Awaitable[Any]]] = {
+    "connect": NetworkPeer.connect,
+    "find_manifests": NetworkPeer.find_manifests,
+    "open_run": NetworkPeer.open_run,
+    "announce": NetworkPeer.announce,
+    "run_round": NetworkPeer.run_round,
+    "fetch_round": NetworkPeer.fetch_round,
+    "fetch_state": NetworkPeer.fetch_state,
+}
+
+
+def manifest_key(run_id: str) -> str:
+    return f"dtrain-{run_id}.manifest"
+
+
+async def _serve(connection: socket.socket) -> None:
+    reader, writer = await asyncio.open_connection(sock=connection, limit=2**22)
+    await NetworkPeer(reader, writer).serve()
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker decides when we end
+    torch.set_num_threads(1)
+    logging.basicConfig(level=os.environ.get("DTRAIN_LOG_LEVEL", "WARNING"), format="network: %(message)s")
+    asyncio.run(_serve(socket.socket(fileno=int(sys.argv[1]))))
+    os._exit(0)  # hivemind's helper threads never end
+
+
+if __name__ == "__main__":
+    main()

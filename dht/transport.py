@@ -1,0 +1,115 @@
+"""The libp2p daemon under hivemind: how it is started, what it may receive, and what it has carried.
+
+The patches act on hivemind's classes, in the network process only: it hard-codes its socket folder, puts no limit on a
+streamed message's length, and counts no bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hivemind.p2p import P2P
+from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
+
+from dtrain.dht.identity import Identity
+
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+DAEMON_IDLE_S = 5  # the daemon ends by itself when nobody has been connected to it for this long
+
+
+class TransportError(Exception):
+    """The daemon cannot listen or reach anybody; the message says what to do."""
+
+
+class Traffic:
+    """Bytes of all messages handed to and received from the daemon (below that: TLS, multiplexing and TCP)."""
+
+    def __init__(self) -> None:
+        self.up = self.down = 0
+
+
+def patch_hivemind(private_folder: Path, traffic: Traffic) -> None:
+    """Move the daemon's sockets to `private_folder`, cap messages, count bytes."""
+    P2P._UNIX_SOCKET_PREFIX = f"/unix{private_folder}/"
+    send = P2P.send_raw_data
+
+    async def counted_send(data: bytes, writer: asyncio.StreamWriter, **kwargs: Any) -> None:
+        traffic.up += len(data)
+        await send(data, writer, **kwargs)
+
+    async def capped_receive(reader: asyncio.StreamReader) -> bytes:
+        length = int.from_bytes(await reader.readexactly(P2P.HEADER_LEN), P2P.BYTEORDER)
+        if length > MAX_MESSAGE_BYTES:
+            raise ConnectionError(f"a message of {length} bytes; {MAX_MESSAGE_BYTES} is the most")
+        traffic.down += length
+        return await reader.readexactly(length)
+
+    P2P.send_raw_data = staticmethod(counted_send)
+    P2P.receive_raw_data = staticmethod(capped_receive)
+    _count_unary(traffic)
+
+
+def _count_unary(traffic: Traffic) -> None:
+    call, add = ControlClient.call_unary_handler, ControlClient.add_unary_handler
+
+    async def counted_call(self: Any, peer_id: Any, proto: str, data: bytes) -> bytes:
+        traffic.up += len(data)
+        reply: bytes = await call(self, peer_id, proto, data)
+        traffic.down += len(reply)
+        return reply
+
+    async def counted_add(
+        self: Any, proto: str, handler: Callable[[bytes, Any], Awaitable[bytes]], balanced: bool = False
+    ) -> None:
+        async def counted(data: bytes, remote: Any) -> bytes:
+            traffic.down += len(data)
+            reply = await handler(data, remote)
+            traffic.up += len(reply)
+            return reply
+
+        await add(self, proto, counted, balanced)
+
+    ControlClient.call_unary_handler = counted_call
+    ControlClient.add_unary_handler = counted_add
+
+
+async def start_daemon(identity: Identity, *, host: str, port: int, initial_peers: Sequence[str]) -> P2P:
+    """Start the libp2p daemon on TCP `host`:`port` (0 = any free port). Raises TransportError.
+
+    TCP only: over QUIC most streamed replies were lost to the hang-up race.
+    """
+    check_port(host, port)
+    try:
+        return await P2P.create(
+            identity_path=str(identity.path),
+            initial_peers=list(initial_peers) or None,
+            host_maddrs=[f"/ip4/{host}/tcp/{port}"],
+            check_if_identity_free=False,
+            use_relay=False,
+            auto_nat=False,
+            nat_port_map=False,
+            idle_timeout=DAEMON_IDLE_S,
+        )
+    except Exception as error:  # hivemind raises several types, most with the daemon's last line
+        if initial_peers:
+            raise TransportError(
+                f"none of the given peers can be reached ({', '.join(initial_peers)}): "
+                "is that worker still running, and is its address right?"
+            ) from None
+        raise TransportError(f"the network daemon did not start: {str(error)[:300]}") from None
+
+
+def check_port(host: str, port: int) -> None:
+    """Fail with a clear word if the port is taken: the daemon itself reports it as something else."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise TransportError(
+                f"cannot listen on {host}:{port} ({error.strerror}); pass another --port, or --port 0 for any free one"
+            ) from None

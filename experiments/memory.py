@@ -1,0 +1,119 @@
+"""A swarm in one process: workers in threads, each with a `MemoryExchange`, train together without a network.
+
+swarm = MemorySwarm(manifest, codec)
+exchange = MemoryExchange(swarm, "peer-a")     # one per worker thread
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from dtrain.experiments.memory_round import Contribution, Faults
+from dtrain.experiments.memory_swarm import MemoryOutcome, MemorySwarm
+from dtrain.trainer.exchange import ABSENT, DONE, Outcome, PeerView, State
+
+__all__ = ["Faults", "MemoryExchange", "MemoryOutcome", "MemorySwarm"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MemoryPeerView:
+    """See `PeerView`."""
+
+    peer_id: str
+    status: Mapping[str, object]
+    age_s: float
+
+
+class MemoryExchange:
+    """One worker's `Exchange` with a `MemorySwarm`."""
+
+    def __init__(self, swarm: MemorySwarm, peer_id: str) -> None:
+        self._swarm = swarm
+        self._peer_id = peer_id
+        swarm.enter(peer_id)
+
+    @property
+    def peer_id(self) -> str:
+        """See `Exchange`."""
+        return self._peer_id
+
+    def announce(self, status: Mapping[str, object]) -> None:
+        """See `Exchange`."""
+        with self._swarm.changed:
+            peer = self._swarm.peer(self._peer_id)
+            peer.status, peer.announced = dict(status), True
+            if peer.state in ABSENT:  # it may come back at an earlier round than it left
+                peer.next_round = 0
+            self._swarm.changed.notify_all()
+
+    def swarm(self) -> Sequence[PeerView]:
+        """See `Exchange`."""
+        with self._swarm.changed:
+            others = self._swarm.others(self._peer_id)
+            return [
+                MemoryPeerView(name, peer.status, self._swarm.age_s(peer)) for name, peer in others.items()
+            ]
+
+    def run_round(self, *, round: int, base_digest: bytes, payload: bytes, weight: float) -> Outcome:
+        """See `Exchange`."""
+        return self._swarm.run_round(round, Contribution(self._peer_id, base_digest, payload, weight))
+
+    def fetch_round(self, round: int) -> Outcome | None:
+        """See `Exchange`. Of several histories, the one that most workers share."""
+        with self._swarm.changed:
+            others = self._swarm.others(self._peer_id)
+            kept = {name: peer.history[round] for name, peer in others.items() if round in peer.history}
+            if not kept:
+                return None
+            shared = Counter(outcome.aggregates for outcome in kept.values())
+            donor = max(kept, key=lambda name: shared[kept[name].aggregates])
+            self._count_transfer(donor, sum(len(aggregate) for aggregate in kept[donor].aggregates))
+            return replace(kept[donor], verdict=DONE, undelivered=(), problem="", wait_s=0.0, exchange_s=0.0)
+
+    def fetch_state(self, on_progress: Callable[[int, int], None]) -> State | None:
+        """See `Exchange`."""
+        for donor, provider in self._donors():
+            try:
+                state = provider()
+            except Exception:  # a donor that fails is passed over, as one on the network would be
+                logger.warning("%s could not give its state", donor, exc_info=True)
+                continue
+            with self._swarm.changed:
+                self._count_transfer(donor, len(state.blob))
+            on_progress(len(state.blob), len(state.blob))
+            return state
+        return None
+
+    def serve_state(self, provider: Callable[[], State]) -> None:
+        """See `Exchange`."""
+        with self._swarm.changed:
+            self._swarm.peer(self._peer_id).provider = provider
+
+    def traffic(self) -> tuple[int, int]:
+        """See `Exchange`. Payloads, aggregates and states; a real network adds its headers."""
+        with self._swarm.changed:
+            peer = self._swarm.peer(self._peer_id)
+            return peer.bytes_up, peer.bytes_down
+
+    def close(self) -> None:
+        """See `Exchange`."""
+        self._swarm.leave(self._peer_id)
+
+    def _donors(self) -> list[tuple[str, Callable[[], State]]]:
+        """Who can give state: most work first, then the theta that most share, then the smaller digest."""
+        with self._swarm.changed:
+            others = self._swarm.others(self._peer_id)
+            donors = {name: peer for name, peer in others.items() if peer.state != "joining"}
+            digests = {name: str(peer.status.get("digest", "")) for name, peer in donors.items()}
+            agreeing = Counter(digests.values())
+            ranked = sorted(donors, key=lambda n: (-donors[n].work, -agreeing[digests[n]], digests[n], n))
+            return [(name, provider) for name in ranked if (provider := donors[name].provider) is not None]
+
+    def _count_transfer(self, donor: str, num_bytes: int) -> None:
+        self._swarm.peer(donor).bytes_up += num_bytes
+        self._swarm.peer(self._peer_id).bytes_down += num_bytes

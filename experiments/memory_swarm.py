@@ -1,0 +1,235 @@
+"""Where the workers of an in-memory swarm meet: who is there, who goes into which round, what became of it.
+
+The rules are those of the real exchange: canonical order by peer id, one span per member, the majority's
+theta wins, a round begins when everybody who stands at it is there or `matchmaking_s` has passed and a
+majority is.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from dtrain.compression.codec import Codec
+from dtrain.experiments.memory_round import Contribution, Faults, GroupReducer, Reduced, agree_on_digest
+from dtrain.trainer.exchange import ABSENT, ALONE, DONE, NO_GROUP, STALE, State
+from dtrain.trainer.manifest import Manifest
+
+KEPT_ROUNDS = 64
+"""Past rounds that each worker can still hand to a straggler."""
+
+
+@dataclass(frozen=True)
+class MemoryOutcome:
+    """See `Outcome`."""
+
+    verdict: str
+    round: int
+    base_digest: bytes = b""
+    members: Sequence[str] = ()
+    contributors: Sequence[str] = ()
+    aggregates: Sequence[bytes] = ()
+    undelivered: Sequence[tuple[int, int]] = ()
+    problem: str = ""
+    wait_s: float = 0.0
+    exchange_s: float = 0.0
+
+
+@dataclass
+class MemoryPeer:
+    """What the swarm knows of one worker."""
+
+    status: Mapping[str, object] = field(default_factory=dict)
+    announced: bool = False
+    died_at: float | None = None
+    """time.monotonic() of a planned death; its last heartbeat then grows old."""
+    next_round: int = 0
+    """The round it stands at by the outcome of its last one, which its next announcement will say."""
+    provider: Callable[[], State] | None = None
+    history: OrderedDict[int, MemoryOutcome] = field(default_factory=OrderedDict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    @property
+    def state(self) -> str:
+        return str(self.status.get("state", "joining"))
+
+    @property
+    def work(self) -> float:
+        """Tokens in the history of its theta."""
+        work = self.status.get("work", 0)
+        return float(work) if isinstance(work, (int, float)) else 0.0
+
+    @property
+    def position(self) -> int:
+        announced = self.status.get("round", 0)
+        return max(announced if isinstance(announced, int) else 0, self.next_round)
+
+
+def fill(outcome: MemoryOutcome, name: str, names: Sequence[str], reduced: Reduced) -> MemoryOutcome:
+    """The outcome of member `name` with what the round brought."""
+    return replace(
+        outcome,
+        members=tuple(names),
+        contributors=tuple(member for member in names if member in reduced.contributors),
+        aggregates=tuple(reduced.aggregates),
+        undelivered=tuple(reduced.undelivered.get(name, ())),
+        problem="; ".join(reduced.problems.get(name, ())),
+    )
+
+
+class _Meeting:
+    """Workers that wait for one round to begin."""
+
+    def __init__(self) -> None:
+        self.opened = time.monotonic()
+        self.entries: dict[str, Contribution] = {}
+        self.outcomes: dict[str, MemoryOutcome] = {}
+        self.begun = False
+        self.finished = threading.Event()
+
+
+class MemorySwarm:
+    """The meeting place of the workers of one run in one process."""
+
+    def __init__(self, manifest: Manifest, codec: Codec, faults: Faults | None = None) -> None:
+        self.terms = manifest.exchange
+        self.changed = threading.Condition()
+        self._peers: dict[str, MemoryPeer] = {}
+        self._meetings: dict[int, _Meeting] = {}
+        self._reducer = GroupReducer(codec, manifest.run_tag, self.terms.exact_up_to, faults or Faults())
+        self._reducing = threading.Lock()
+        self._started = False
+
+    def enter(self, peer_id: str) -> None:
+        """Register a worker; one that comes back under its old id begins anew."""
+        with self.changed:
+            self._peers[peer_id] = MemoryPeer()
+
+    def kill(self, peer_id: str) -> None:
+        """Plan a sudden death: from now on the worker's heartbeat is not renewed, and nobody says goodbye."""
+        with self.changed:
+            self._peers[peer_id].died_at = time.monotonic()
+            self.changed.notify_all()
+
+    def leave(self, peer_id: str) -> None:
+        """Forget a worker."""
+        with self.changed:
+            self._peers.pop(peer_id, None)
+            self.changed.notify_all()
+
+    def peer(self, peer_id: str) -> MemoryPeer:
+        """The record of a worker; callers hold `changed`."""
+        return self._peers[peer_id]
+
+    def others(self, peer_id: str) -> dict[str, MemoryPeer]:
+        """Other workers with a fresh heartbeat, in canonical order; callers hold `changed`."""
+        return {
+            other: peer
+            for other, peer in sorted(self._peers.items())
+            if other != peer_id and peer.announced and self.age_s(peer) < self.terms.heartbeat_ttl_s
+        }
+
+    @staticmethod
+    def age_s(peer: MemoryPeer) -> float:
+        """Seconds since the last heartbeat; a living worker's is always new."""
+        return 0.0 if peer.died_at is None else time.monotonic() - peer.died_at
+
+    # ------------------------------------------------------------------ meeting
+
+    def run_round(self, round: int, contribution: Contribution) -> MemoryOutcome:
+        """See `Exchange.run_round`."""
+        started = time.monotonic()
+        name, verdicts = contribution.peer_id, None
+        with self.changed:
+            meeting = self._meetings.setdefault(round, _Meeting())
+            meeting.entries[name] = contribution
+            self.changed.notify_all()
+            while not meeting.begun:
+                missing_s = meeting.opened + self.terms.matchmaking_s - time.monotonic()
+                if self._is_behind(name, round):
+                    self._withdraw(meeting, name, round)
+                    return MemoryOutcome(STALE, round, wait_s=time.monotonic() - started)
+                if self._is_complete(meeting, round) or missing_s <= 0:
+                    meeting.begun = True
+                    del self._meetings[round]
+                    verdicts = self._verdicts(meeting, round)
+                    break
+                # A heartbeat that runs out notifies nobody, so look again now and then.
+                self.changed.wait(min(missing_s, self.terms.heartbeat_s))
+        met = time.monotonic()
+        if verdicts is not None:
+            self._run(meeting, round, verdicts)
+        elif not meeting.finished.wait(self.terms.round_timeout_s):
+            return MemoryOutcome(NO_GROUP, round, problem="the round did not end in time")
+        return replace(meeting.outcomes[name], wait_s=met - started, exchange_s=time.monotonic() - met)
+
+    def _withdraw(self, meeting: _Meeting, name: str, round: int) -> None:
+        del meeting.entries[name]
+        if not meeting.entries:
+            del self._meetings[round]
+
+    def _is_behind(self, name: str, round: int) -> bool:
+        others = self.others(name).values()
+        return any(peer.position > round for peer in others if peer.state not in ABSENT)
+
+    def _standing(self, round: int) -> set[str]:
+        """Live workers that will come to this round."""
+        alive = self.others("")
+        return {name for name, peer in alive.items() if peer.position == round and peer.state not in ABSENT}
+
+    def _is_complete(self, meeting: _Meeting, round: int) -> bool:
+        return self._may_start(round) and self._standing(round) <= meeting.entries.keys()
+
+    def _may_start(self, round: int) -> bool:
+        """Round 0 waits until enough workers have been there at once; whoever leaves later ends nothing."""
+        self._started = self._started or len(self._standing(0)) >= self.terms.start_workers
+        return round > 0 or self._started
+
+    def _verdicts(self, meeting: _Meeting, round: int) -> dict[str, str]:
+        """Every entrant's verdict, now that the meeting is over."""
+        names = meeting.entries.keys()
+        expected = len(self._standing(round) | names)
+        too_few = len(names) < expected // 2 + 1  # two halves of a swarm must never both go on
+        if too_few or not self._may_start(round):
+            return dict.fromkeys(names, NO_GROUP)
+        agreed = agree_on_digest(list(meeting.entries.values()))
+        verdict = DONE if len(names) > 1 else ALONE
+        stands = {name: entry.base_digest == agreed for name, entry in meeting.entries.items()}
+        return {name: verdict if agrees else STALE for name, agrees in stands.items()}
+
+    # ------------------------------------------------------------------ reducing
+
+    def _run(self, meeting: _Meeting, round: int, verdicts: Mapping[str, str]) -> None:
+        """Reduce for all members, in the thread of the one that completed the meeting."""
+        names = sorted(name for name, verdict in verdicts.items() if verdict in (DONE, ALONE))
+        failed = MemoryOutcome(NO_GROUP, round, problem="the round failed in another member")
+        meeting.outcomes = dict.fromkeys(verdicts, failed)
+        try:
+            with self._reducing:
+                reduced = self._reducer.reduce(round, [meeting.entries[name] for name in names])
+            outcomes = {
+                name: MemoryOutcome(verdict, round, meeting.entries[name].base_digest)
+                for name, verdict in verdicts.items()
+            }
+            meeting.outcomes = outcomes | {name: fill(outcomes[name], name, names, reduced) for name in names}
+            self._remember(meeting, round, names, reduced)
+        finally:
+            meeting.finished.set()
+
+    def _remember(self, meeting: _Meeting, round: int, names: Sequence[str], reduced: Reduced) -> None:
+        with self.changed:
+            for name in names:
+                peer = self._peers.get(name)
+                if peer is None:  # left while the round ran
+                    continue
+                peer.next_round = round + 1
+                peer.bytes_up += reduced.bytes_up[name]
+                peer.bytes_down += reduced.bytes_down[name]
+                peer.history[round] = meeting.outcomes[name]
+                while len(peer.history) > KEPT_ROUNDS:
+                    peer.history.popitem(last=False)
+            self.changed.notify_all()

@@ -1,0 +1,222 @@
+"""The sections of a run's manifest: everything that all peers of a run must share, one frozen dataclass each.
+
+Machine settings (device, folder, name) are in `settings.py`: they are each computer's own business.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, get_type_hints
+
+from dtrain.trainer.errors import UsageError
+
+DATA_SOURCES = ("stdlib", "file")
+TOKENIZERS = {"bytes": 256}
+"""Tokenizer name -> size of its vocabulary."""
+FLAGS = {
+    "model.preset": "--preset",
+    "train.inner_steps": "--inner-steps",
+    "exchange.start_workers": "--start-workers",
+    "data.name": "--data",
+}
+"""Command-line flags of the keys that have one; error lines name both."""
+
+
+def label(key: str) -> str:
+    """How an error line names a dotted key: the key, and its flag where there is one."""
+    return f"{key} ({FLAGS[key]})" if key in FLAGS else key
+
+
+def require(condition: bool, key: str, rule: str, value: object) -> None:
+    """Raise UsageError "<key> must <rule>, not <value>" unless `condition` holds."""
+    if not condition:
+        raise UsageError(f"{label(key)} must {rule}, not {value!r}")
+
+
+def settle_types(section: Any, prefix: str) -> None:
+    """Check all fields' types. Ints become floats where floats are meant: equal settings hash alike."""
+    hints = get_type_hints(type(section))
+    for field in fields(section):
+        value, wanted, key = getattr(section, field.name), hints[field.name], f"{prefix}.{field.name}"
+        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+            object.__setattr__(section, field.name, value)
+        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+            raise UsageError(f"{label(key)} must be {names[wanted]}, not {value!r}")
+        if wanted is float:
+            require(math.isfinite(value), key, "be finite", value)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the built-in GPT (`model.py`)."""
+
+    SECTION: ClassVar[str] = "model"
+
+    preset: str
+    """Name of the preset that the shape began from; for display only."""
+    vocab_size: int
+    """Number of distinct tokens."""
+    dim: int
+    """Width of the residual stream; a multiple of 64, as the codec cuts matrices into 64x64 blocks."""
+    num_layers: int
+    """Number of transformer blocks."""
+    num_heads: int
+    """Attention heads per block; dim / num_heads must be even, for the rotary embedding."""
+    hidden_dim: int
+    """Inner width of each feed-forward layer; a multiple of 64."""
+    seq_len: int
+    """Longest context, in tokens."""
+
+    def __post_init__(self) -> None:
+        settle_types(self, self.SECTION)
+        for name in ("vocab_size", "num_layers", "num_heads", "seq_len"):
+            require(getattr(self, name) >= 1, f"model.{name}", "be at least 1", getattr(self, name))
+        for name in ("dim", "hidden_dim"):
+            value = getattr(self, name)
+            require(value >= 64 and value % 64 == 0, f"model.{name}", "be a multiple of 64", value)
+        require(
+            self.dim % self.num_heads == 0 and self.dim // self.num_heads % 2 == 0,
+            "model.num_heads",
+            f"divide model.dim = {self.dim} into heads of even width",
+            self.num_heads,
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the run is trained on. Workers read it from their own disk; nobody serves it."""
+
+    SECTION: ClassVar[str] = "data"
+
+    source: str = "stdlib"
+    """"stdlib": the sources of the worker's own Python standard library. "file": one local text file."""
+    name: str = ""
+    """Base name of the file, "" for stdlib."""
+    sha256: str = ""
+    """Lower-case hex SHA-256 of the file, so that nobody trains on another one by mistake; "" for stdlib."""
+    tokenizer: str = "bytes"
+    """How text becomes tokens; "bytes" = one token per byte."""
+    eval_fraction: float = 0.05
+    """Share of the text kept out of training, for evaluation."""
+    eval_tokens: int = 16384
+    """Tokens per evaluation, at most; fixed windows spread evenly over the evaluation text."""
+
+    def __post_init__(self) -> None:
+        settle_types(self, self.SECTION)
+        choices = ", ".join(DATA_SOURCES)
+        require(self.source in DATA_SOURCES, "data.source", f"be one of {choices}", self.source)
+        choices = ", ".join(TOKENIZERS)
+        require(self.tokenizer in TOKENIZERS, "data.tokenizer", f"be one of {choices}", self.tokenizer)
+        share = self.eval_fraction
+        require(0 < share <= 0.5, "data.eval_fraction", "be above 0 and at most 0.5", share)
+        require(self.eval_tokens >= 1, "data.eval_tokens", "be at least 1", self.eval_tokens)
+        if self.source == "file":
+            require(bool(self.name), "data.name", "be the file's base name", self.name)
+            well_formed = re.fullmatch(r"[0-9a-f]{64}", self.sha256) is not None
+            require(well_formed, "data.sha256", "be 64 lower-case hex digits", self.sha256)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Inner training: what one worker does between two exchanges."""
+
+    SECTION: ClassVar[str] = "train"
+
+    inner_steps: int
+    """Inner steps per round (H)."""
+    batch_size: int
+    """Sequences per inner step."""
+    seq_len: int
+    """Tokens per sequence; at most model.seq_len."""
+    lr: float
+    """Peak learning rate of the inner optimizer."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at and after the end of the schedule, as a share of `lr`."""
+    warmup_steps: int = 20
+    """Inner steps of linear warm-up, counted from the run's beginning."""
+    total_steps: int = 3000
+    """Horizon of the cosine schedule, in inner steps of one worker; training may go on after it."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; vectors have none."""
+    clip: float = 1.0
+    """Gradients are scaled down to this norm when they exceed it."""
+    optimizer: str = "adamw"
+    """Inner optimizer, a key of `inner.OPTIMIZERS`."""
+    seed: int = 0
+    """Seed of theta's initial value and of every worker's data stream."""
+
+    def __post_init__(self) -> None:
+        settle_types(self, self.SECTION)
+        for name in ("inner_steps", "batch_size", "seq_len", "total_steps"):
+            require(getattr(self, name) >= 1, f"train.{name}", "be at least 1", getattr(self, name))
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            require(getattr(self, name) >= 0, f"train.{name}", "be at least 0", getattr(self, name))
+        for name in ("lr", "clip"):
+            require(getattr(self, name) > 0, f"train.{name}", "be above 0", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"train.{name}", "be at least 0 and below 1", value)
+        require(0 <= self.min_lr_ratio <= 1, "train.min_lr_ratio", "be between 0 and 1", self.min_lr_ratio)
+        require(self.seed < 2**63, "train.seed", "be below 2**63", self.seed)
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """How the workers' deltas become one outer step."""
+
+    SECTION: ClassVar[str] = "strategy"
+
+    name: str = "sparseloco"
+    """A key of `strategies.STRATEGIES`."""
+    outer_lr: float = 1.0
+    """Step size of the outer step (alpha)."""
+    feedback_decay: float = 0.95
+    """Share of the error feedback that each round keeps (beta)."""
+
+    def __post_init__(self) -> None:
+        settle_types(self, self.SECTION)
+        require(self.outer_lr > 0, "strategy.outer_lr", "be above 0", self.outer_lr)
+        beta = self.feedback_decay
+        require(0 <= beta <= 1, "strategy.feedback_decay", "be between 0 and 1", beta)
+
+
+@dataclass(frozen=True)
+class ExchangeConfig:
+    """How workers meet, and how long they wait for one another."""
+
+    SECTION: ClassVar[str] = "exchange"
+
+    start_workers: int = 1
+    """Workers that must be visible before round 0 begins."""
+    matchmaking_s: float = 15.0
+    """Longest wait for missing workers once one worker is ready, in seconds."""
+    round_timeout_s: float = 30.0
+    """Longest time from a group's meeting to its last aggregate, in seconds."""
+    sender_timeout_s: float = 10.0
+    """How long a reducer waits for a silent sender before it goes on without it, in seconds."""
+    heartbeat_s: float = 2.0
+    """Seconds between two heartbeats of a worker."""
+    heartbeat_ttl_s: float = 10.0
+    """Age at which a heartbeat counts no more and its worker as gone, in seconds."""
+    exact_up_to: int = 4
+    """Groups of up to this many workers exchange the exact union; larger ones compress each sum again."""
+
+    def __post_init__(self) -> None:
+        settle_types(self, self.SECTION)
+        require(self.start_workers >= 1, "exchange.start_workers", "be at least 1", self.start_workers)
+        require(self.exact_up_to >= 0, "exchange.exact_up_to", "be at least 0", self.exact_up_to)
+        for name in (field.name for field in fields(self) if field.name.endswith("_s")):
+            require(getattr(self, name) > 0, f"exchange.{name}", "be above 0 seconds", getattr(self, name))
+        sender, ttl = self.sender_timeout_s, self.heartbeat_ttl_s
+        rule = f"be at most exchange.round_timeout_s = {self.round_timeout_s}"
+        require(sender <= self.round_timeout_s, "exchange.sender_timeout_s", rule, sender)
+        rule = f"be more than exchange.heartbeat_s = {self.heartbeat_s}"
+        require(ttl > self.heartbeat_s, "exchange.heartbeat_ttl_s", rule, ttl)

@@ -1,0 +1,140 @@
+"""The seam between a worker and its swarm.
+
+The worker loop knows only the `Exchange` protocol below. `dht/` implements it with hivemind over the internet,
+`experiments/memory.py` in one process, and the tests with planned faults: one worker loop serves all of them.
+
+`dht/` sits below `trainer/` and may not import it, so everything that crosses the seam is either a plain value or one
+of the structural protocols declared here; mypy checks the match where the parts are wired together (`trainer/cli.py`).
+
+Failures that a swarm brings about every day (nobody there, we are behind, a reducer died) are results, not exceptions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+# How a call of `Exchange.run_round` can end.
+DONE = "done"  # a group met; `aggregates` holds what it agreed on
+ALONE = "alone"  # nobody else is there; `aggregates` holds our own contribution
+NO_GROUP = "no-group"  # others are visible but no group formed in time; nothing was delivered
+STALE = "stale"  # the swarm is at another round or another theta; catch up before contributing again
+
+
+# States in which a worker takes part in no round. A "finished" one still gives state and past rounds to others.
+ABSENT = ("joining", "finished", "leaving", "stopped")
+
+
+class Outcome(Protocol):
+    """How a round ended for this worker."""
+
+    @property
+    def verdict(self) -> str:
+        """One of DONE, ALONE, NO_GROUP, STALE."""
+
+    @property
+    def round(self) -> int:
+        """The round that the aggregates belong to: they turn theta of `round` into theta of `round + 1`."""
+
+    @property
+    def base_digest(self) -> bytes:
+        """Digest of the theta of `round` that the aggregates apply to."""
+
+    @property
+    def members(self) -> Sequence[str]:
+        """Peer ids of the group in canonical order; contributor indices in the aggregates refer to it."""
+
+    @property
+    def contributors(self) -> Sequence[str]:
+        """Peer ids whose contribution is in at least one aggregate, in canonical order."""
+
+    @property
+    def aggregates(self) -> Sequence[bytes]:
+        """One encoded aggregate per span. A span that no member could get is absent, for every member alike."""
+
+    @property
+    def undelivered(self) -> Sequence[tuple[int, int]]:
+        """(first chunk, number of chunks) of our payload that is in no aggregate and goes back to error feedback."""
+
+    @property
+    def problem(self) -> str:
+        """One line for the user when something was lost or failed, else empty."""
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds from the call until the group had met."""
+
+    @property
+    def exchange_s(self) -> float:
+        """Seconds from the group's meeting until the last aggregate was there."""
+
+
+class PeerView(Protocol):
+    """What another peer last said of itself, as its signed heartbeat has it."""
+
+    @property
+    def peer_id(self) -> str: ...
+
+    @property
+    def status(self) -> Mapping[str, object]:
+        """What the peer passed to `announce`."""
+
+
+
+class State(Protocol):
+    """Everything a newcomer needs to stand where its donor stands."""
+
+    @property
+    def round(self) -> int: ...
+
+    @property
+    def work(self) -> float:
+        """Tokens trained in the history of this theta; of two histories the one with more work is the run's."""
+
+    @property
+    def digest(self) -> bytes:
+        """Digest of theta (32 bytes)."""
+
+    @property
+    def blob(self) -> bytes | memoryview:
+        """Safetensors bytes made by the donor's trainer; opaque to the exchange."""
+
+
+class Exchange(Protocol):
+    """What a worker needs from the swarm. Every call is bounded in time."""
+
+    @property
+    def peer_id(self) -> str:
+        """This worker's own id, stable across restarts."""
+
+    def announce(self, status: Mapping[str, object]) -> None:
+        """Say where this worker stands (never blocks; repeated in the background until the next call).
+
+        Keys that the exchange itself reads: `round` (int), `digest` (hex), `work` (float, tokens in theta's history)
+        and `state` (str; peers in one of the `ABSENT` states are not waited for). All values must be str, int, float
+        or bool.
+        """
+
+    def swarm(self) -> Sequence[PeerView]:
+        """Other workers of the run whose heartbeat is fresh."""
+
+    def run_round(self, *, round: int, base_digest: bytes, payload: bytes, weight: float) -> Outcome:
+        """Join `round` with `payload` (weight in tokens) and return when the round is over for this worker."""
+
+    def fetch_round(self, round: int) -> Outcome | None:
+        """Get the aggregates of a past round from any peer that still has them, to catch up without a download."""
+
+    def fetch_state(self, on_progress: Callable[[int, int], None]) -> State | None:
+        """Download the state with the most work behind it; None when nobody can give one.
+
+        `on_progress(bytes so far, bytes in all)` is called as pieces arrive.
+        """
+
+    def serve_state(self, provider: Callable[[], State]) -> None:
+        """Register where newcomers' requests for state are answered from (called from another thread)."""
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes sent and received so far, all messages of ours counted."""
+
+    def close(self) -> None:
+        """Leave the swarm and free every process, socket and file."""

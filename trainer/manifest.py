@@ -1,0 +1,245 @@
+"""The manifest: a run's settings that all peers share. Its hash is the run's identity.
+
+The canonical form is sorted, compact JSON of every field: equal settings give equal bytes on every machine,
+and a changed setting is a new run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dtrain.compression.errors import CompressionError
+from dtrain.compression.spec import CodecSpec
+from dtrain.trainer.config import (
+    DataConfig,
+    ExchangeConfig,
+    ModelConfig,
+    StrategyConfig,
+    TrainConfig,
+    require,
+)
+from dtrain.trainer.errors import UsageError
+from dtrain.trainer.presets import PRESETS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "DataConfig",
+    "ExchangeConfig",
+    "Manifest",
+    "ModelConfig",
+    "StrategyConfig",
+    "TrainConfig",
+    "diff",
+    "manifest_from_toml",
+    "preset_manifest",
+    "validate_run_id",
+]
+
+SECTIONS: dict[str, type[Any]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "strategy": StrategyConfig,
+    "codec": CodecSpec,
+    "exchange": ExchangeConfig,
+}
+FORMAT = 1
+"""Version of the manifest's own layout."""
+
+
+def validate_run_id(text: str) -> str:
+    """Return `text` if it can name a run; UsageError otherwise. Run ids become folder names and DHT keys."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", text) is None:
+        raise UsageError(
+            f"run id (--run-id) {text[:80]!r} will not do: use 1 to 64 letters, digits, '-' or '_', "
+            "beginning with a letter or digit"
+        )
+    return text
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All shared settings of one run."""
+
+    run_id: str
+    """Name of the run, see `validate_run_id`."""
+    model: ModelConfig
+    """Shape of the model."""
+    data: DataConfig
+    """What it is trained on."""
+    train: TrainConfig
+    """Inner training."""
+    strategy: StrategyConfig
+    """The outer step."""
+    codec: CodecSpec
+    """How a delta becomes a payload."""
+    exchange: ExchangeConfig
+    """How workers meet."""
+    organizer: str = ""
+    """Ed25519 public key of who made the run, 64 lower-case hex digits; "" until signed."""
+    format: int = FORMAT
+    """Version of this layout."""
+
+    def __post_init__(self) -> None:
+        validate_run_id(self.run_id)
+        require(self.format == FORMAT, "format", f"be {FORMAT} (this dtrain knows no other)", self.format)
+        well_formed = re.fullmatch(r"([0-9a-f]{64})?", self.organizer) is not None
+        require(well_formed, "organizer", "be 64 lower-case hex digits or empty", self.organizer)
+        rule = f"be at most model.seq_len = {self.model.seq_len}"
+        require(self.train.seq_len <= self.model.seq_len, "train.seq_len", rule, self.train.seq_len)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, nested by section."""
+        sections = {
+            name: getattr(self, name).to_dict() if kind is CodecSpec else asdict(getattr(self, name))
+            for name, kind in SECTIONS.items()
+        }
+        return {"run_id": self.run_id, **sections, "organizer": self.organizer, "format": self.format}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
+        """What `to_dict` gave; UsageError names a key that is unknown, missing or of the wrong type."""
+        known = [field.name for field in fields(cls)]
+        _refuse_unknown(values, known, prefix="")
+        for key in [*known, *_dotted_keys()]:
+            name, _, inner = key.partition(".")
+            section = values.get(name)
+            if name not in values or (inner and isinstance(section, Mapping) and inner not in section):
+                raise UsageError(f"the manifest lacks {key}: get it again from the run's organizer")
+        for name in ("run_id", "organizer"):
+            require(isinstance(values[name], str), name, "be text", values[name])
+        require(type(values["format"]) is int, "format", "be a whole number", values["format"])
+        sections = {name: _section(name, kind, values[name]) for name, kind in SECTIONS.items()}
+        return cls(
+            run_id=values["run_id"], organizer=values["organizer"], format=values["format"], **sections
+        )
+
+    def canonical_bytes(self) -> bytes:
+        """What is hashed and signed: sorted compact JSON, ASCII only."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False).encode(
+            "ascii"
+        )
+
+    @property
+    def hash(self) -> bytes:
+        """SHA-256 of the canonical bytes (32 bytes): the run's identity."""
+        return hashlib.sha256(self.canonical_bytes()).digest()
+
+    @property
+    def run_tag(self) -> bytes:
+        """First 8 bytes of the hash; every payload carries them."""
+        return self.hash[:8]
+
+
+def preset_manifest(
+    run_id: str, preset: str = "tiny", overrides: Mapping[str, object] | None = None
+) -> Manifest:
+    """A preset's manifest with some values replaced.
+
+    `overrides` maps dotted keys ("train.lr") to values; None values are passed over, so flags fit as parsed.
+    """
+    if preset not in PRESETS:
+        close = _did_you_mean(preset, PRESETS)
+        raise UsageError(
+            f"there is no preset (--preset) {preset!r}{close}: choose one of {', '.join(PRESETS)}"
+        )
+    tree: dict[str, dict[str, object]] = {name: {} for name in SECTIONS}
+    for name, section in PRESETS[preset].items():
+        tree[name].update(section)
+    tree["model"].update(preset=preset, vocab_size=256)
+    for key, value in (overrides or {}).items():
+        if value is None:
+            continue
+        section_name, _, field_name = key.partition(".")
+        if section_name not in SECTIONS or not field_name:
+            _refuse_unknown([key], _dotted_keys(), prefix="")
+        tree[section_name][field_name] = value
+    sections = {name: _section(name, kind, tree[name]) for name, kind in SECTIONS.items()}
+    return Manifest(run_id=run_id, **sections)
+
+
+def manifest_from_toml(path: Path | str, overrides: Mapping[str, object] | None = None) -> Manifest:
+    """Read a run file: `run_id` and any keys of the sections, on top of the preset that it names.
+
+    `overrides` (dotted keys, and "run_id") win over the file; None values are passed over.
+    """
+    try:
+        with open(path, "rb") as file:
+            tree = tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"cannot read the run file (--config) {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"the run file (--config) {path} is no valid TOML: {error}") from None
+    values: dict[str, object] = {}
+    for name, value in tree.items():
+        if name in SECTIONS:
+            require(isinstance(value, Mapping), name, "be a table such as [train]", value)
+            values.update({f"{name}.{key}": inner for key, inner in value.items()})
+        else:
+            _refuse_unknown([name], ["run_id", *SECTIONS], prefix="")
+            values[name] = value
+    values.update({key: value for key, value in (overrides or {}).items() if value is not None})
+    run_id, preset = values.pop("run_id", None), values.pop("model.preset", "tiny")
+    if run_id is None:
+        raise UsageError(f'the run needs a name: type --run-id NAME, or put run_id = "NAME" into {path}')
+    require(isinstance(run_id, str), "run_id", "be text", run_id)
+    require(isinstance(preset, str), "model.preset", "be text", preset)
+    return preset_manifest(str(run_id), str(preset), values)
+
+
+def diff(a: Manifest, b: Manifest) -> list[tuple[str, object, object]]:
+    """Every (dotted key, value in `a`, value in `b`) in which the two differ."""
+    left, right = _flatten(a.to_dict()), _flatten(b.to_dict())
+    return [(key, left[key], right[key]) for key in left if left[key] != right[key]]
+
+
+def _flatten(tree: Mapping[str, Any]) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{name}.{key}": inner for key, inner in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def _section(name: str, kind: type[Any], values: object) -> Any:
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{name} must be a table of settings, not {values!r}")
+    known = [field.name for field in fields(kind)]
+    _refuse_unknown(values, known, prefix=f"{name}.")
+    try:
+        return kind(**values)
+    except CompressionError as error:
+        raise UsageError(f"codec: {error}") from None
+    except TypeError as error:  # a field without default is missing
+        raise UsageError(f"{name} is incomplete: {error}") from None
+
+
+def _refuse_unknown(given: Iterable[str], known: Iterable[str], prefix: str) -> None:
+    known = list(known)
+    for key in given:
+        if key not in known:
+            close = _did_you_mean(key, known)
+            raise UsageError(f"unknown setting {prefix}{key}{close}; known ones: {', '.join(known)}")
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _dotted_keys() -> list[str]:
+    return [f"{name}.{field.name}" for name, kind in SECTIONS.items() for field in fields(kind)]

@@ -1,0 +1,85 @@
+"""Machine settings: what is this computer's own business and may differ from worker to worker."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dtrain.trainer.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+@dataclass(frozen=True)
+class MachineSettings:
+    """Settings of one worker on one machine."""
+
+    name: str
+    """Shown to others beside the peer id; 1 to 64 letters, digits, '.', '-' or '_'."""
+    folder: Path
+    """Where this worker keeps its checkpoints, metrics and identity."""
+    device: str = "auto"
+    """"auto" takes CUDA, else Apple's MPS, else the CPU; or "cpu", "cuda", "cuda:1", "mps"."""
+    threads: int = 0
+    """CPU threads for training; 0 leaves the choice to torch."""
+    data: Path | None = None
+    """The text file to train on, where the run uses one."""
+    max_rounds: int = 0
+    """Leave after the swarm has completed this many rounds in all; 0 = go on until stopped."""
+    eval_every: int = 5
+    """Rounds between two evaluations; 0 = none."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints that stay on disk."""
+    checkpoint_every: int = 5
+    """Rounds between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name) is None:
+            raise UsageError(
+                f"worker name (--name) {self.name[:80]!r} will not do: "
+                "use 1 to 64 letters, digits, '.', '-' or '_', beginning with a letter or digit"
+            )
+        if self.device.partition(":")[0] not in DEVICES:
+            raise UsageError(
+                f"there is no device (--device) {self.device!r}: choose one of {', '.join(DEVICES)}"
+            )
+        for field, flag, least in (
+            ("threads", "--threads", 0),
+            ("max_rounds", "--rounds", 0),
+            ("eval_every", "--eval-every", 0),
+            ("keep_checkpoints", "--keep-checkpoints", 1),
+            ("checkpoint_every", "--checkpoint-every", 1),
+        ):
+            value = getattr(self, field)
+            if value < least:
+                raise UsageError(f"{flag} must be at least {least}, not {value}")
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device that `name` (see MachineSettings.device) means here; UsageError if there is none."""
+    import torch
+
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    kind = name.partition(":")[0]
+    if kind == "cuda" and not cuda:
+        raise UsageError(
+            "--device cuda: torch finds no CUDA GPU here; type --device auto, or check nvidia-smi"
+        )
+    if kind == "mps" and not mps:
+        raise UsageError("--device mps: torch finds no Apple GPU here; type --device auto")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"there is no device (--device) {name!r}; type --device auto") from None
+    if kind == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs, counted from 0"
+        )
+    return device
