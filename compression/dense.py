@@ -38,8 +38,7 @@ def slice_dense(
     begin, end = (int(layout.offset[c] - layout.offset[whole[0]]) * bits // 8 for c in part)
     base = scales * (whole[1] - whole[0])
     head = data[scales * (part[0] - whole[0]) : scales * (part[1] - whole[0])]
-    part_bytes: bytes = head.tobytes() + data[base + begin : base + end].tobytes()
-    return part_bytes
+    return b"".join([head.tobytes(), data[base + begin : base + end].tobytes()])
 
 
 def encode_dense(values: Floats, bits: int, starts: Ints) -> bytes:

@@ -104,9 +104,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
 
     # ------------------------------------------------------------------ one round
 
-    async def run_round(
-        self, contribution: Contribution, expected: Callable[[], int]
-    ) -> RoundRecord | None:
+    async def run_round(self, contribution: Contribution, expected: Callable[[], int]) -> RoundRecord | None:
         """Meet the round's group and reduce with it; None when no group met within the manifest's time.
 
         `expected()` is the number of live peers, ourselves included.

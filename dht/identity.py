@@ -55,7 +55,9 @@ def load_or_create(path: Path) -> Identity:
     except OSError as error:
         raise IdentityError(f"cannot read the identity file {path}: {error.strerror}") from None
     if len(blob) != len(_PRIVATE_PREFIX) + 64 or not blob.startswith(_PRIVATE_PREFIX):
-        raise IdentityError(f"{path} is not an ed25519 identity file; move it away and a new one will be made")
+        raise IdentityError(
+            f"{path} is not an ed25519 identity file; move it away and a new one will be made"
+        )
     seed = blob[len(_PRIVATE_PREFIX) : len(_PRIVATE_PREFIX) + 32]
     return Identity(path, Ed25519PrivateKey.from_private_bytes(seed))
 

@@ -16,7 +16,7 @@ Message = dict[str, Any]
 
 
 def encode(message: Message) -> bytes:
-    body = msgpack.packb(message)
+    body: bytes = msgpack.packb(message)
     return _LENGTH.pack(len(body)) + body
 
 

@@ -33,7 +33,7 @@ class Ticket:
     deadline: float  # DHT time at which the search is given up
 
     def get_timeout(self) -> float:
-        return max(0.0, self.deadline - get_dht_time())
+        return max(0.0, self.deadline - float(get_dht_time()))
 
 
 class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind ships no types
@@ -94,4 +94,6 @@ class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind ships no 
     ) -> AsyncIterator[averaging_pb2.MessageFromLeader]:
         async for message in super().rpc_join_group(request, context):
             yield message
-        await asyncio.sleep(ACKNOWLEDGE_S)  # ends at once when the follower hangs up: the handler is then cancelled
+        await asyncio.sleep(
+            ACKNOWLEDGE_S
+        )  # ends at once when the follower hangs up: the handler is then cancelled

@@ -19,7 +19,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import torch
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P
@@ -128,7 +127,9 @@ class NetworkPeer:
             identity, host=args["host"], port=args["port"], initial_peers=peers
         )
         daemon_end = asyncio.ensure_future(self._p2p._child.wait())
-        daemon_end.add_done_callback(lambda _: self._writer.close())  # without it we are deaf: end, be restarted
+        daemon_end.add_done_callback(
+            lambda _: self._writer.close()
+        )  # without it we are deaf: end, be restarted
         try:
             self._node = await DHTNode.create(
                 p2p=self._p2p,
@@ -167,15 +168,14 @@ class NetworkPeer:
         await self._heartbeats.refresh()
         self._show_swarm()  # the worker sees who is there before its next command
         self._tasks.append(asyncio.create_task(self._watch_swarm()))
-        if args["publish_locally"]:
-            worker = rendezvous.LocalWorker(
-                args["run_id"],
-                args["worker_pid"],
-                str(self._node.peer_id),
-                terms.manifest_hash.hex(),
-                [str(address) for address in await self._p2p.get_visible_maddrs()],
-            )
-            self._rendezvous_file = rendezvous.publish(worker)
+        worker = rendezvous.LocalWorker(
+            args["run_id"],
+            args["worker_pid"],
+            str(self._node.peer_id),
+            terms.manifest_hash.hex(),
+            [str(address) for address in await self._p2p.get_visible_maddrs()],
+        )
+        self._rendezvous_file = rendezvous.publish(worker)
 
     async def announce(self, args: Args) -> None:
         await self._heartbeats.announce(args["status"])
@@ -196,7 +196,9 @@ class NetworkPeer:
             others = self._heartbeats.active()
             if others and not self._heartbeats.ahead():
                 waited = time.monotonic() - started
-                problem = f"no group within {waited:.0f} s: {len(others)} other workers are visible; trying again"
+                problem = (
+                    f"no group within {waited:.0f} s: {len(others)} other workers are visible; trying again"
+                )
                 return {"verdict": "no-group", "problem": problem}
 
     def _expected(self) -> int:

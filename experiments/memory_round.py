@@ -71,6 +71,8 @@ class GroupReducer:
     def reduce(self, round: int, members: Sequence[Contribution]) -> Reduced:
         """Reduce the payloads of `members`, given in canonical order: each owns a span of equal share."""
         result = Reduced()
+        if not members:
+            return result
         for member, span in zip(members, self._codec.spans([1.0] * len(members)), strict=True):
             if span[1] > 0:
                 self._reduce_span(round, members, member.peer_id, span, result)

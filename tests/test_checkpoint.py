@@ -118,7 +118,9 @@ def test_a_checkpoint_whose_digest_is_not_of_its_theta_is_refused() -> None:
 def test_a_save_that_fails_at_any_step_hides_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """A full disk is a RunError that names the cause; the one before it is still the newest, and nothing is left."""
+    """A full disk is a RunError that names the cause; the one before it is still the newest, and nothing is
+    left.
+    """
     store = CheckpointStore(tmp_path)
     store.save(at_round(1))
 
@@ -143,7 +145,9 @@ def test_an_interrupted_write_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_a_later_round_that_was_left_behind_does_not_come_back(tmp_path: Path) -> None:
-    """After a return to an earlier round the file just saved is the newest; the later one is put aside, not lost."""
+    """After a return to an earlier round the file just saved is the newest; the later one is put aside, not
+    lost.
+    """
     store = CheckpointStore(tmp_path, keep=2)
     store.save(at_round(9))
     store.save(at_round(4))

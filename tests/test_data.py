@@ -75,7 +75,7 @@ def test_evaluation_windows_are_fixed_and_spread_over_the_whole_text() -> None:
 
 
 def test_the_standard_library_is_a_corpus_split_by_documents() -> None:
-    """Nothing to download: the interpreter's own sources, whole files held out, tests and packages left out."""
+    """Nothing to download: the interpreter's own sources, with whole files held out."""
     corpus = open_corpus(DataConfig())
     assert len(corpus.train) > 3_000_000
     assert 0.01 < len(corpus.eval) / (len(corpus.train) + len(corpus.eval)) < 0.25
@@ -86,7 +86,9 @@ def test_the_standard_library_is_a_corpus_split_by_documents() -> None:
     assert np.array_equal(corpus.train, again.train)
 
 
-def test_tests_and_packages_are_no_part_of_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tests_and_packages_are_no_part_of_the_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What differs between installations of one Python stays out."""
     kept = [f"{folder}{number}.py" for folder in ("", "a/") for number in range(8)]
     left_out = ["test/t.py", "a/tests/t.py", "site-packages/p.py", "a/__pycache__/c.py", "d.txt"]

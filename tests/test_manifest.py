@@ -76,7 +76,11 @@ def test_a_missing_key_is_refused_by_name() -> None:
         ("data.source", "hub", r"data\.source must be one of stdlib, file"),
         ("data.source", "file", r"data\.name \(--data\) must be the file's base name"),
         ("exchange.start_workers", 0, r"exchange\.start_workers \(--start-workers\) must be at least 1"),
-        ("exchange.heartbeat_ttl_s", 1.0, r"exchange\.heartbeat_ttl_s must be more than exchange\.heartbeat_s"),
+        (
+            "exchange.heartbeat_ttl_s",
+            1.0,
+            r"exchange\.heartbeat_ttl_s must be more than exchange\.heartbeat_s",
+        ),
         ("codec.value_bits", 3, r"codec: value_bits must be one of"),
         ("strategy.feedback_decay", 1.5, r"strategy\.feedback_decay must be between 0 and 1"),
     ],

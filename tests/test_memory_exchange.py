@@ -86,7 +86,7 @@ def equal(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
 
 
 def test_all_members_get_the_same_bytes_and_they_are_the_mean() -> None:
-    """One theta: the aggregates of every member are equal, and decode to the weighted mean of all payloads."""
+    """One theta: every member gets equal aggregates, and they decode to the weighted mean of all payloads."""
     lab = Lab("abc")
     outcomes = lab.meet("cab", weights={"a": 1.0, "b": 2.0, "c": 3.0})
     assert {outcome.verdict for outcome in outcomes.values()} == {DONE}
@@ -175,13 +175,15 @@ def test_ties_between_thetas_go_to_more_weight_then_to_the_smaller_digest(
     """Every member comes to the same answer."""
     outcomes = Lab("ab").meet("ab", digests={"b": OTHER}, weights=weights)
     assert outcomes[stale].verdict == STALE
-    assert [name for name, outcome in outcomes.items() if outcome.verdict == DONE] == sorted({"a", "b"} - {stale})
+    assert [name for name, outcome in outcomes.items() if outcome.verdict == DONE] == sorted(
+        {"a", "b"} - {stale}
+    )
 
 
 def test_a_worker_that_is_behind_is_stale_at_once() -> None:
     """It must catch up before it contributes, and is not kept waiting."""
     lab = Lab("abc")
-    lab.meet("ab" + "c")
+    lab.meet("abc")
     for name in "ab":
         lab.announce(name, round=2)
     assert lab.meet("c", round=1)["c"].verdict == STALE
@@ -238,7 +240,7 @@ def test_a_bad_payload_is_dropped_and_named(bad: str) -> None:
 
 
 def test_large_groups_recompress_and_what_that_leaves_out_comes_later() -> None:
-    """Above exact_up_to an aggregate is no larger than a payload, and the reducers' residuals lose nothing."""
+    """Above exact_up_to aggregates are as small as payloads, and the reducers' residuals lose nothing."""
     lab = Lab("abcde", terms(exact_up_to=4))
     total = [torch.zeros(shape) for _, shape in SHAPES]
     expected = [torch.zeros(shape) for _, shape in SHAPES]
@@ -246,7 +248,9 @@ def test_large_groups_recompress_and_what_that_leaves_out_comes_later() -> None:
     for round in range(1, 40):
         for name in "abcde":
             lab.announce(name, round=round)
-        empty = CODEC.encode(silence, CODEC.error_feedback(), decay=1.0, run=lab.manifest.run_tag, round=round)
+        empty = CODEC.encode(
+            silence, CODEC.error_feedback(), decay=1.0, run=lab.manifest.run_tag, round=round
+        )
         payloads = {} if round == 1 else dict.fromkeys("abcde", empty)
         outcomes = lab.meet("abcde", round=round, payloads=payloads)
         decoded = CODEC.decode(outcomes["a"].aggregates)
@@ -309,7 +313,9 @@ def test_state_comes_from_where_most_work_is_and_broken_donors_are_passed_over()
 
 
 def test_every_byte_sent_is_received() -> None:
-    """The two sums of the swarm's traffic are equal, and a member sends about its payload and its span's copies."""
+    """The two sums of the swarm's traffic are equal, and a member sends about its payload and its span's
+    copies.
+    """
     lab = Lab("abc")
     outcomes = lab.meet("abc")
     traffic = [lab.exchanges[name].traffic() for name in "abc"]

@@ -61,7 +61,8 @@ def test_threads_do_not_mix_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     with MetricsLog(path) as log:
         threads = [
-            threading.Thread(target=lambda: [log.write("e", text="x" * 500) for _ in range(100)]) for _ in range(4)
+            threading.Thread(target=lambda: [log.write("e", text="x" * 500) for _ in range(100)])
+            for _ in range(4)
         ]
         for thread in threads:
             thread.start()

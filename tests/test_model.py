@@ -63,7 +63,9 @@ def test_every_matrix_splits_into_blocks_of_64(preset: str) -> None:
 
 
 def test_the_first_theta_is_known_bits() -> None:
-    """Every machine must begin at the same theta: its bits are part of the run, so a hash of some stands here."""
+    """Every machine must begin at the same theta: its bits are part of the run, so a hash of some stands
+    here.
+    """
     flat = FlatParameters(GPT(SHAPE, seed=0)).flat
     assert hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16] == "91093bfe654a6921"
     assert not torch.equal(flat, FlatParameters(GPT(SHAPE, seed=1)).flat)
@@ -104,7 +106,7 @@ def test_no_position_sees_the_future() -> None:
 
 
 def test_order_matters() -> None:
-    """The rotary embedding tells positions apart: the same tokens in another order give another last logit."""
+    """The rotary embedding tells positions apart: tokens in another order give another last logit."""
     loop = InnerLoop(GPT(SHAPE), TRAIN)
     for index in range(3):
         loop.step(*batch(index), index)

@@ -47,7 +47,8 @@ def test_every_change_breaks_the_signature(key: OrganizerKey, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[]", "3", "null", '{"manifest": 3, "signature": "00"}', '{"signature": "zz"}', "[" * 100_000]
+    "text",
+    ["", "{}", "[]", "3", "null", '{"manifest": 3, "signature": "00"}', '{"signature": "zz"}', "[" * 100_000],
 )
 def test_garbage_is_refused_in_one_line(text: str) -> None:
     """Whatever arrives in place of a manifest, the user reads one line."""
@@ -65,7 +66,9 @@ def test_the_key_is_made_once_and_only_for_its_owner(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert OrganizerKey.load_or_create(path).public_hex == OrganizerKey.load(path).public_hex == key.public_hex
+    assert (
+        OrganizerKey.load_or_create(path).public_hex == OrganizerKey.load(path).public_hex == key.public_hex
+    )
     assert [entry.name for entry in path.parent.iterdir()] == ["organizer.pem"]
 
 

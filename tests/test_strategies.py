@@ -39,7 +39,9 @@ def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> list[torch.Tenso
 
 
 def drained(strategy: SparseLoco, theta: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Everything the strategy still owes: its feedback, sent round after round with no new training until it is gone."""
+    """Everything the strategy still owes: its feedback, sent round after round with no new training until it
+    is gone.
+    """
     total = [torch.zeros_like(tensor) for tensor in theta]
     for round in range(1, 60):
         payload = strategy.encode(theta, theta, round)

@@ -38,7 +38,9 @@ def catch_up(worker: Follower, say: Callable[[str], None]) -> bool:
         if _replay(worker, best) or _download(worker, say):
             fetched = True
         else:
-            time.sleep(PAUSE_S)  # whoever is ahead may be gone: its heartbeat runs out, or another donor appears
+            time.sleep(
+                PAUSE_S
+            )  # whoever is ahead may be gone: its heartbeat runs out, or another donor appears
     return fetched
 
 

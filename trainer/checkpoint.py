@@ -175,7 +175,8 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
         sort_keys=True,
     )
     label = {"format": FORMAT, "body": body, "seal": _seal(body, checkpoint.tensors)}
-    # One key only: safetensors writes several in random order, and donors of equal state must give equal bytes.
+    # One key only: safetensors writes several in random order, and donors of equal state must give equal
+    # bytes.
     return {METADATA_KEY: json.dumps(label, sort_keys=True)}
 
 

@@ -40,17 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     parser.epilog = "example: dtrain worker --run-id my-first-run"
     parser.add_argument("--run-id", metavar="NAME", help="the run to join, or to begin if nobody has yet")
-    parser.add_argument("--invite", metavar="TEXT", help="the dtrain:// line that another worker of the run printed")
     parser.add_argument(
-        "--peer", metavar="ADDRESS", action="append", default=[], help="libp2p address of a peer to join through"
+        "--invite", metavar="TEXT", help="the dtrain:// line that another worker of the run printed"
+    )
+    parser.add_argument(
+        "--peer",
+        metavar="ADDRESS",
+        action="append",
+        default=[],
+        help="libp2p address of a peer to join through",
     )
     machine = parser.add_argument_group("this machine")
     machine.add_argument("--name", help="shown to the others (default: worker-1, worker-2, ...)")
     machine.add_argument("--folder", type=Path, help="where checkpoints go (default: ./dtrain-runs/RUN/NAME)")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    machine.add_argument("--threads", type=int, default=0, help="CPU threads for training; 0 = torch's choice")
-    machine.add_argument("--data", type=Path, help="text file to train on (default: Python's own library sources)")
-    machine.add_argument("--rounds", type=int, default=0, help="leave after the run's round N; 0 = go on until Ctrl-C")
+    machine.add_argument(
+        "--threads", type=int, default=0, help="CPU threads for training; 0 = torch's choice"
+    )
+    machine.add_argument(
+        "--data", type=Path, help="text file to train on (default: Python's own library sources)"
+    )
+    machine.add_argument(
+        "--rounds", type=int, default=0, help="leave after the run's round N; 0 = go on until Ctrl-C"
+    )
     machine.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations; 0 = never")
     machine.add_argument("--checkpoint-every", type=int, default=5, help="rounds between checkpoints")
     machine.add_argument("--keep-checkpoints", type=int, default=3, help="checkpoints that stay on disk")
@@ -93,7 +105,8 @@ def _start(
 ) -> Worker:
     """Find or begin the run, build the worker, open the run in the exchange."""
     from dtrain.dht import rendezvous
-    from dtrain.dht.exchange import DhtExchange, ExchangeError, PeerSettings
+    from dtrain.dht.exchange import DhtExchange, PeerSettings
+    from dtrain.dht.process import ExchangeError
 
     stored = _stored_manifest(folder)
     with ExitStack() as beginning:
@@ -186,7 +199,9 @@ def _run_id(args: argparse.Namespace, invite: Invite | None) -> str:
 
     if invite is not None:
         if args.run_id not in (None, invite.run_id):
-            raise UsageError(f"--run-id {args.run_id} but the invite is for {invite.run_id}: leave --run-id out")
+            raise UsageError(
+                f"--run-id {args.run_id} but the invite is for {invite.run_id}: leave --run-id out"
+            )
         return validate_run_id(invite.run_id)
     if args.run_id is None:
         raise UsageError("which run? type --run-id NAME, or --invite with an invite you were given")
@@ -242,12 +257,16 @@ def _find_manifest(exchange: DhtExchange, run_id: str, invite: Invite | None) ->
             if invite is None or signed.manifest.hash == invite.manifest_hash:
                 found[signed.manifest.hash] = signed
         if len(found) > 1:
-            raise UsageError(f"several runs call themselves {run_id}; join with an --invite, which names one of them")
+            raise UsageError(
+                f"several runs call themselves {run_id}; join with an --invite, which names one of them"
+            )
         if found:
             return found.popitem()[1]
         time.sleep(0.5)
     raise UsageError(
-        f"the peers you gave know no run {run_id}" + (" with that invite" if invite else "") + ": is the name right?"
+        f"the peers you gave know no run {run_id}"
+        + (" with that invite" if invite else "")
+        + ": is the name right?"
     )
 
 
@@ -295,7 +314,9 @@ def _worker_folder(args: argparse.Namespace, run_id: str) -> Iterator[tuple[str,
             folder.mkdir(parents=True, exist_ok=True)
             file = (folder / "lock").open("w")
         except OSError as error:
-            raise UsageError(f"cannot write to {folder}: {error.strerror}; type --folder with a folder you own") from None
+            raise UsageError(
+                f"cannot write to {folder}: {error.strerror}; type --folder with a folder you own"
+            ) from None
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -80,7 +80,6 @@ class PeerView(Protocol):
         """What the peer passed to `announce`."""
 
 
-
 class State(Protocol):
     """Everything a newcomer needs to stand where its donor stands."""
 

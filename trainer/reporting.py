@@ -72,7 +72,9 @@ class Reporter:
         self.metrics.write("resync", round=self.outer.round, reason=reason)
         self.say(f"Back with the others: {reason}.")
 
-    def step(self, step: int, inner_steps: int, loss: Callable[[], float], new_tokens: int, rate: float) -> None:
+    def step(
+        self, step: int, inner_steps: int, loss: Callable[[], float], new_tokens: int, rate: float
+    ) -> None:
         """One inner step is done; `loss()` is asked only when something is written, as it waits for the device."""
         self.tokens += new_tokens
         self._rate = rate
@@ -138,4 +140,6 @@ class Reporter:
         self.metrics.write(
             "stop", reason=reason, round=self.outer.round, tokens=self.tokens, digest=self.digest.hex()
         )
-        self.say(f"Stopped ({reason}) after {self.outer.round} rounds; {self.tokens:,} tokens of yours are in the run.")
+        self.say(
+            f"Stopped ({reason}) after {self.outer.round} rounds; {self.tokens:,} tokens of yours are in the run."
+        )
