@@ -68,7 +68,12 @@ class NetworkProcess:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C in the terminal is the worker's to handle
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                # One process needs no shared memory: without this, torch starts a manager for hivemind's.
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "HIVEMIND_MEMORY_SHARING_STRATEGY": "file_descriptor",
+                },
             )
         self._connection = ours
         threading.Thread(target=self._listen, args=(ours,), daemon=True, name="network-listener").start()

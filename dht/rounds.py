@@ -221,10 +221,11 @@ class RoundRunner:
             timeout.cancel()
         sections = [(i, self.members[i].weight, self._inbox[i]) for i in sorted(self._active)]
         self._inbox = {}
+        residual = self._residual
         aggregate = await asyncio.to_thread(
             self.codec.reduce,
             sections,
-            residual=self._residual,
+            residual=None if residual is None else residual[self.codec.layout.elements(first, count)],
             run=self.run_tag,
             round=self.round,
             first_chunk=first,

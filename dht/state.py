@@ -115,7 +115,7 @@ async def fetch_state(
     offers = {donor: offer for donor, offer in zip(donors, answers) if offer is not None}
     if not offers:
         return None
-    best = max(offers.values(), key=lambda offer: (offer.work, offer.digest))
+    best = min(offers.values(), key=lambda offer: (-offer.work, offer.digest))
     givers = [donor for donor, offer in offers.items() if offer.sha256 == best.sha256]
     with path.open("wb") as file:
 

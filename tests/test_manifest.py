@@ -72,6 +72,7 @@ def test_a_missing_key_is_refused_by_name() -> None:
         ("train.lr", float("nan"), r"train\.lr must be finite"),
         ("train.seq_len", 100_000, r"train\.seq_len must be at most model\.seq_len"),
         ("model.dim", 100, r"model\.dim must be a multiple of 64"),
+        ("model.vocab_size", 100, r"model\.vocab_size must be at least 256 for data\.tokenizer = bytes"),
         ("model.num_heads", 7, r"model\.num_heads must divide model\.dim"),
         ("data.source", "hub", r"data\.source must be one of stdlib, file"),
         ("data.source", "file", r"data\.name \(--data\) must be the file's base name"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import stat
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,18 @@ def test_the_key_is_made_once_and_only_for_its_owner(tmp_path: Path) -> None:
         OrganizerKey.load_or_create(path).public_hex == OrganizerKey.load(path).public_hex == key.public_hex
     )
     assert [entry.name for entry in path.parent.iterdir()] == ["organizer.pem"]
+
+
+def test_workers_that_begin_at_once_share_one_key(tmp_path: Path) -> None:
+    """Of several first starts one makes the key; nobody reads half of it."""
+    path = tmp_path / "organizer.pem"
+    with ThreadPoolExecutor(1) as pool, ProcessPoolExecutor(2, mp_context=get_context("spawn")) as others:
+        futures = [pool.submit(public_key, path), *(others.submit(public_key, path) for _ in range(4))]
+        assert len({future.result(timeout=60) for future in futures}) == 1
+
+
+def public_key(path: Path) -> str:
+    return OrganizerKey.load_or_create(path).public_hex
 
 
 def test_a_key_that_others_can_read_is_refused(tmp_path: Path, key: OrganizerKey) -> None:

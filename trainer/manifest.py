@@ -19,6 +19,7 @@ from typing import Any
 from dtrain.compression.errors import CompressionError
 from dtrain.compression.spec import CodecSpec
 from dtrain.trainer.config import (
+    TOKENIZERS,
     DataConfig,
     ExchangeConfig,
     ModelConfig,
@@ -97,6 +98,9 @@ class Manifest:
         require(self.format == FORMAT, "format", f"be {FORMAT} (this dtrain knows no other)", self.format)
         well_formed = re.fullmatch(r"([0-9a-f]{64})?", self.organizer) is not None
         require(well_formed, "organizer", "be 64 lower-case hex digits or empty", self.organizer)
+        words = TOKENIZERS[self.data.tokenizer]
+        rule = f"be at least {words} for data.tokenizer = {self.data.tokenizer}"
+        require(self.model.vocab_size >= words, "model.vocab_size", rule, self.model.vocab_size)
         rule = f"be at most model.seq_len = {self.model.seq_len}"
         require(self.train.seq_len <= self.model.seq_len, "train.seq_len", rule, self.train.seq_len)
 

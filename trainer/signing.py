@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,7 +85,7 @@ class OrganizerKey:
         """The key in `path`; a new one, written there, if there is no such file."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            return cls._create(path)
+            return cls.load(path) if path.exists() else cls._create(path)
         except FileExistsError:
             return cls.load(path)
         except OSError as error:
@@ -110,12 +111,16 @@ class OrganizerKey:
 
     @classmethod
     def _create(cls, path: Path) -> OrganizerKey:
-        # Exclusive creation with the final mode: at no moment is there a key that others can read, or two
-        # keys.
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        # Created exclusively with mode 0600 (as mkstemp does) and linked to its name when whole: at no moment can
+        # others read it, and of two processes that begin at once one makes the key and the other reads it.
         key = Ed25519PrivateKey.generate()
-        with os.fdopen(handle, "wb") as file:
-            file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-            file.flush()
-            os.fsync(file.fileno())
+        handle, unborn = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(unborn, path)
+        finally:
+            os.unlink(unborn)
         return cls(key)

@@ -15,7 +15,7 @@ from numba import carray, njit
 from dtrain.compression.kernels import cpu_dct
 from dtrain.compression.kernels.cpu_read import GOOD, add_chunk, read_positions
 from dtrain.compression.kernels.cpu_select import LANES, fold, scan, select
-from dtrain.compression.kernels.cpu_tools import float_pointer, jit
+from dtrain.compression.kernels.cpu_tools import byte_pointer, float_pointer, jit
 from dtrain.compression.kernels.cpu_write import (
     group_exponent,
     measure,
@@ -110,8 +110,7 @@ def build(sources: str) -> Loops:
                 longest = max(longest, offset[c + 1] - offset[c])
             largest, most = max(largest, total), max(most, b - a)
         lane_max = np.empty(LANES, np.int32)
-        keys, places = np.empty(longest + 8, np.int32), np.empty(longest + 8, np.int32)
-        bitmap, ties = np.empty((longest + 63) >> 6, np.uint64), np.empty((longest + 63) >> 6, np.uint64)
+        keys, places = np.empty(longest, np.int32), np.empty(longest, np.int32)
         positions, gaps, codes = np.empty(largest, np.int32), np.empty(largest, np.int32), np.empty(largest, np.int32)
         picked, sent = np.empty(largest, np.float32), np.empty(largest, np.float32)
         bits, stats = np.empty(most, np.int64), np.empty((most, 2), np.float64)
@@ -138,7 +137,7 @@ def build(sources: str) -> Loops:
                     fold(chunk, source, strides[c], decay, lane_max)
                 k = kept[c]
                 mine = positions[done : done + k]
-                select(chunk, k, lane_max, keys, places, bitmap, ties, mine)
+                select(chunk, k, lane_max, keys, places, mine)
                 for i in range(k):
                     picked[done + i] = chunk[mine[i]]
                 done += k
@@ -203,6 +202,39 @@ def build(sources: str) -> Loops:
         """
         _ = sources
         positions = _positions_for(first_group, end_group, group_edges, kept)
+        most = 1
+        for g in range(first_group, end_group):
+            most = max(most, group_edges[g + 1] - group_edges[g])
+        tile = np.empty((most if dct else 1, 64, 64), np.float32)
+        result = np.empty((64, 64), np.float32)
+        for g in range(first_group, end_group):
+            a, b = group_edges[g], group_edges[g + 1]
+            for c in range(a, b):
+                _clear(_target(addresses[c], strides[c], sizes[c], dct, tile, c - a), strides[c], sizes[c], dct)
+            for s in range(len(weights)):
+                data = carray(byte_pointer(data_addresses[s]), (data_sizes[s],))
+                begin, end = bounds[s, g - section_group], bounds[s, g - section_group + 1]
+                found = read_positions(data, begin, end, kept[a:b], sizes[a:b], b - a, fixed[g], value_bits, positions)
+                if found != GOOD:
+                    bad[0] = g
+                    return found
+                first = 0
+                for c in range(a, b):
+                    target = _target(addresses[c], strides[c], sizes[c], dct, tile, c - a)
+                    stride = 64 if dct else strides[c]
+                    add_chunk(
+                        data, begin, end, c - a, first, kept[c], b - a, weights[s], value_bits, positions, target, stride
+                    )
+                    first += kept[c]
+            if dct:
+                for c in range(a, b):
+                    if sizes[c] == 4096:
+                        cpu_dct.inverse(tile[c - a], result, secants, norm)
+                        target = carray(float_pointer(addresses[c]), (63 * strides[c] + 64,))
+                        for i in range(64):
+                            row = target[i * strides[c] : i * strides[c] + 64]
+                            for j in range(64):
+                                row[j] = result[i, j]
         return GOOD
 
     return Loops(write, check, add, decode)
@@ -218,3 +250,20 @@ def _positions_for(first_group: int, end_group: int, group_edges: Any, kept: Any
             total += kept[c]
         largest = max(largest, total)
     return np.empty(largest, np.int32)
+
+
+@jit
+def _target(address: int, stride: int, size: int, dct: bool, tile: Any, number: int) -> Any:
+    """Where a chunk's values are summed: a tile of coefficients, or the output itself."""
+    if dct and size == 4096:
+        return tile[number].ravel()
+    return carray(float_pointer(address), (size if stride == 64 else 63 * stride + 64,))
+
+
+@jit
+def _clear(target: Any, stride: int, size: int, dct: bool) -> None:
+    if stride == 64 or dct:
+        target[:size] = np.float32(0)
+        return
+    for i in range(64):
+        target[i * stride : i * stride + 64] = np.float32(0)

@@ -87,3 +87,13 @@ def float_pointer(_context: Any, _address: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(types.float32)(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def byte_pointer(_context: Any, _address: Any) -> Any:
+    """An address as a pointer to u8, for `numba.carray`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint8)(types.int64), generate
