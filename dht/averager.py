@@ -23,15 +23,16 @@ from hivemind.proto import averaging_pb2
 from hivemind.utils import get_dht_time
 
 from dtrain.compression.codec import Codec
-from dtrain.dht.history import RoundHistory, RoundRecord
+from dtrain.dht.history import RoundHistory, RoundRecord, parse_round
 from dtrain.dht.matchmaking import RoundMatchmaking, Ticket
 from dtrain.dht.membership import Contribution, agree_on_members, pack_hello
 from dtrain.dht.rounds import RoundRunner
-from dtrain.dht.streams import StreamError, answer, next_message, parse_header
+from dtrain.dht.streams import StreamError, answer, ask, next_message, parse_header
 
 REQUEST_TIMEOUT_S = 3.0  # a leader that does not answer within this is passed over
 MIN_MATCHMAKING_S = 4.0  # must exceed the request timeout, or hivemind's search can deadlock
 GROUP_KNOWN_S = 5.0  # a groupmate may call us before our leader's word that the group exists has come
+MAX_GROUP = 1024  # members whose contributions a past round may hold
 KEPT_RUNNERS = 4  # slow groupmates may still ask for a span of the last few groups
 MAX_HEADER_SIZE_FIELD = 2**62  # sizes are judged where the blob is read
 
@@ -152,6 +153,27 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         record = runner.record(wait_s=wait_s, exchange_s=time.monotonic() - started)
         self.history.keep(record)
         return record
+
+    async def fetch_round(self, peer_id: str, round: int) -> RoundRecord:
+        """A past round from one peer, checked. Raises StreamError, PayloadError, or hivemind's errors."""
+        reply, blob = await ask(
+            self.method(peer_id, "rpc_fetch_round"),
+            {"round": round},
+            max_bytes=self.codec.max_aggregate_bytes(0, self.codec.num_chunks, MAX_GROUP),
+            timeout_s=self.terms.sender_timeout_s,
+        )
+        past = parse_round(round, reply, blob)
+        for (first, count), aggregate in zip(past.spans, past.aggregates):
+            self.codec.check_aggregate(
+                aggregate,
+                run=self.terms.run_tag,
+                round=round,
+                first_chunk=first,
+                num_chunks=count,
+                num_members=len(past.members),
+            )
+        self.history.keep(past)
+        return past
 
     def _reducer_residual(self) -> torch.Tensor:
         if self._residual is None:

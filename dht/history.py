@@ -6,6 +6,7 @@ theta anew.
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -61,17 +62,26 @@ class RoundHistory:
 
 
 def parse_round(round: int, reply: dict[str, Any], blob: bytes) -> RoundRecord:
-    """The other end of `RoundHistory.reply`; the aggregates are yet unchecked. Raises StreamError on a bad form."""
+    """The other end of `RoundHistory.reply`: spans in order and disjoint, the aggregates themselves yet unchecked.
+
+    Raises StreamError on a bad form.
+    """
     try:
         members, contributors = [str(m) for m in reply["members"]], [str(c) for c in reply["contributors"]]
-        base_digest = bytes(reply["base"])
-        spans, aggregates, offset = [], [], 0
-        for first, count, size in reply["spans"]:
-            if min(first, count, size) < 0 or offset + size > len(blob):
+        base_digest = reply["base"]
+        if not isinstance(base_digest, bytes) or len(base_digest) != 32:
+            raise ValueError
+        spans: list[list[int]] = []
+        aggregates, offset, covered = [], 0, 0
+        for span in reply["spans"]:
+            first, count, size = map(operator.index, span)
+            if first < covered or count < 1 or not 0 < size <= len(blob) - offset:
                 raise ValueError
-            spans.append([int(first), int(count)])
+            spans.append([first, count])
             aggregates.append(blob[offset : offset + size])
-            offset += size
+            offset, covered = offset + size, first + count
+        if offset != len(blob):
+            raise ValueError
     except (KeyError, TypeError, ValueError):
         raise StreamError("a malformed past round") from None
     return RoundRecord(round, base_digest, members, contributors, spans, aggregates)

@@ -58,8 +58,11 @@ def load_or_create(path: Path) -> Identity:
         raise IdentityError(
             f"{path} is not an ed25519 identity file; move it away and a new one will be made"
         )
-    seed = blob[len(_PRIVATE_PREFIX) : len(_PRIVATE_PREFIX) + 32]
-    return Identity(path, Ed25519PrivateKey.from_private_bytes(seed))
+    seed, public = blob[len(_PRIVATE_PREFIX) :][:32], blob[-32:]
+    identity = Identity(path, Ed25519PrivateKey.from_private_bytes(seed))
+    if not identity.peer_id_bytes.endswith(public):
+        raise IdentityError(f"{path} is damaged; move it away and a new one will be made")
+    return identity
 
 
 def _create(path: Path) -> Identity:

@@ -46,11 +46,12 @@ def decode(text: str) -> Invite:
     if hashlib.sha256(body).digest()[:_CHECK_BYTES] != check:
         raise InviteError("the invite is damaged or cut off; copy the whole line that starts with dtrain://")
     try:
-        version, run_id, manifest_hash, organizer, addresses = msgpack.unpackb(body)
+        version, *fields = msgpack.unpackb(body)
     except Exception:  # msgpack raises half a dozen types
         raise InviteError("the invite cannot be read; ask for a new one") from None
     if version != _VERSION:
-        raise InviteError(f"the invite has version {version}; this dtrain reads {_VERSION}: upgrade dtrain")
+        raise InviteError(f"the invite has version {version!r:.20}; this dtrain reads {_VERSION}: upgrade dtrain")
+    run_id, manifest_hash, organizer, addresses = fields if len(fields) == 4 else (None,) * 4
     fits = (
         isinstance(run_id, str)
         and isinstance(manifest_hash, bytes)

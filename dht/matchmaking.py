@@ -9,12 +9,13 @@ leader lingers after its last word, because a leader that hangs up first can los
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from hivemind.averaging.group_info import GroupInfo
 from hivemind.averaging.matchmaking import Matchmaking
+from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2PContext
 from hivemind.proto import averaging_pb2
 from hivemind.utils import get_dht_time
@@ -92,8 +93,29 @@ class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind ships no 
     async def rpc_join_group(
         self, request: averaging_pb2.JoinRequest, context: P2PContext
     ) -> AsyncIterator[averaging_pb2.MessageFromLeader]:
+        last_word = None
         async for message in super().rpc_join_group(request, context):
             yield message
-        await asyncio.sleep(
-            ACKNOWLEDGE_S
-        )  # ends at once when the follower hangs up: the handler is then cancelled
+            last_word = message.code
+        # The follower's hang-up cancels this handler. If it did so already, hivemind has swallowed it: then the last
+        # word was never said.
+        if last_word not in (None, averaging_pb2.ACCEPTED):
+            await asyncio.sleep(ACKNOWLEDGE_S)
+
+
+class LocalDht:
+    """What hivemind's matchmaking needs of a DHT object, answered by the node in this very process."""
+
+    client_mode = False
+
+    def __init__(self, node: DHTNode):
+        self._node = node
+        self.peer_id = node.peer_id
+
+    def store(self, *args: Any, return_future: bool = False, **kwargs: Any) -> Awaitable[bool]:
+        stored: Awaitable[bool] = self._node.store(*args, **kwargs)
+        return stored
+
+    def get(self, *args: Any, return_future: bool = False, **kwargs: Any) -> Awaitable[Any]:
+        found: Awaitable[Any] = self._node.get(*args, **kwargs)
+        return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import msgpack
 
 PROTOCOL_VERSION = 1
-MAX_WEIGHT = 1e12
+MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e12  # tokens; the codec refuses to reduce weights below the first
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def agree_on_members(peer_ids: Sequence[object], gathered: Sequence[bytes], roun
 
     def rank(digest: bytes) -> tuple[int, float, tuple[int, ...]]:
         members = sets[digest]
-        return len(members), sum(m.weight for m in members), tuple(-b for b in digest)
+        return len(members), math.fsum(m.weight for m in members), tuple(-b for b in digest)
 
     return sorted(sets[max(sets, key=rank)], key=lambda member: member.peer_id)
 
@@ -78,7 +79,7 @@ def _parse_hello(raw: bytes) -> dict[str, Any] | None:
             and isinstance(hello["digest"], bytes)
             and len(hello["digest"]) == 32
             and isinstance(hello["weight"], float)
-            and 0 < hello["weight"] <= MAX_WEIGHT
+            and MIN_WEIGHT <= hello["weight"] <= MAX_WEIGHT
             and isinstance(hello["reduces"], bool)
         )
     except Exception:  # one peer's garbage must not fail the group

@@ -30,39 +30,22 @@ from dtrain.compression.spec import CodecSpec
 from dtrain.dht import ipc, rendezvous
 from dtrain.dht.averager import RunTerms, SwarmAverager
 from dtrain.dht.heartbeats import Heartbeats
-from dtrain.dht.history import RoundRecord, parse_round
+from dtrain.dht.history import RoundRecord
 from dtrain.dht.identity import IdentityError, load_or_create
+from dtrain.dht.matchmaking import LocalDht
 from dtrain.dht.membership import Contribution
 from dtrain.dht.records import MAX_RECORD_BYTES, SignedRecords
 from dtrain.dht.state import StateDonor, fetch_state
-from dtrain.dht.streams import StreamError, ask, in_background
+from dtrain.dht.streams import StreamError, in_background
 from dtrain.dht.transport import Traffic, TransportError, patch_hivemind, start_daemon
 
 MANIFEST_LIFETIME_S = 1800.0
 MANIFEST_PERIOD_S = 600.0
-FETCH_TIMEOUT_S = 10.0
+SNAPSHOT_TIMEOUT_S = 60.0
 SHOW_PERIOD_S = 0.25
 LEAVE_S = 2.0  # longest wait for our last heartbeat on the way out
 
 Args = dict[str, Any]
-
-
-class LocalDht:
-    """What hivemind's matchmaking needs of a DHT object, answered by the node in this very process."""
-
-    client_mode = False
-
-    def __init__(self, node: DHTNode):
-        self._node = node
-        self.peer_id = node.peer_id
-
-    def store(self, *args: Any, return_future: bool = False, **kwargs: Any) -> Awaitable[bool]:
-        stored: Awaitable[bool] = self._node.store(*args, **kwargs)
-        return stored
-
-    def get(self, *args: Any, return_future: bool = False, **kwargs: Any) -> Awaitable[Any]:
-        found: Awaitable[Any] = self._node.get(*args, **kwargs)
-        return found
 
 
 class NetworkPeer:
@@ -83,7 +66,9 @@ class NetworkPeer:
             while True:
                 message = await ipc.receive_async(self._reader)
                 if "answer" in message:
-                    self._asked.pop(message["answer"]).set_result(message["value"])
+                    answered = self._asked.pop(message["answer"])
+                    if not answered.done():  # an answer may come too late
+                        answered.set_result(message["value"])
                 elif message["do"] == "close":
                     break
                 else:
@@ -113,7 +98,7 @@ class NetworkPeer:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._asked[self._next_question] = future
         self._send({"ask": question, "id": self._next_question})
-        return await asyncio.wait_for(future, FETCH_TIMEOUT_S * 6)
+        return await asyncio.wait_for(future, SNAPSHOT_TIMEOUT_S)
 
     # ------------------------------------------------------------------ commands
 
@@ -214,36 +199,15 @@ class NetworkPeer:
 
     async def fetch_round(self, args: Args) -> Args | None:
         """A past round from any peer that has it; everything in it checked."""
-        round = args["round"]
         for record in self._heartbeats.donors():
-            limit = self._codec.max_aggregate_bytes(0, self._codec.num_chunks, 2**10)
             try:
-                reply, blob = await ask(
-                    self._averager.method(record.peer_id, "rpc_fetch_round"),
-                    {"round": round},
-                    max_bytes=limit,
-                    timeout_s=FETCH_TIMEOUT_S,
-                )
-                past = parse_round(round, reply, blob)
-                for (first, count), aggregate in zip(past.spans, past.aggregates):
-                    self._codec.check_aggregate(
-                        aggregate,
-                        run=self._terms.run_tag,
-                        round=round,
-                        first_chunk=first,
-                        num_chunks=count,
-                        num_members=len(past.members),
-                    )
-            except asyncio.CancelledError:
-                raise
+                past = await self._averager.fetch_round(record.peer_id, args["round"])
             except PayloadError as error:
                 logging.warning("%s gave a bad past round: %s", record.peer_id, error)
-                continue
             except Exception as error:  # unreachable, or has it no more
-                logging.info("%s cannot give round %d: %r", record.peer_id, round, error)
-                continue
-            self._averager.history.keep(past)
-            return self._verdict("done", past)
+                logging.info("%s cannot give round %d: %r", record.peer_id, args["round"], error)
+            else:
+                return self._verdict("done", past)
         return None
 
     async def fetch_state(self, args: Args) -> Args | None:

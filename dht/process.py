@@ -56,6 +56,7 @@ class NetworkProcess:
         self._pending: dict[int, _Pending] = {}
         self._next_id = 0
         self._closing = threading.Event()
+        self._restart_lock, self._child_lock = threading.Lock(), threading.Lock()
         sweep_left_overs()
         self._start()
 
@@ -119,8 +120,10 @@ class NetworkProcess:
         connection.close()
         for number in list(self._pending):
             self._pending.pop(number).done.set()  # their reply stays "lost"
-        if connection is self._connection and self.set_up is not None and not self._closing.is_set():
-            threading.Thread(target=self._restart, daemon=True, name="network-restart").start()
+        if self.set_up is not None and not self._closing.is_set():
+            threading.Thread(
+                target=self._restart, args=(connection,), daemon=True, name="network-restart"
+            ).start()
 
     def _receive(self, message: ipc.Message) -> None:
         if "event" in message:
@@ -138,19 +141,30 @@ class NetworkProcess:
         finally:
             self._send({"answer": number, "value": value})
 
-    def _restart(self) -> None:
-        while not self._closing.is_set():
+    def _restart(self, lost: socket.socket) -> None:
+        """Replace the child behind `lost`, over and over until the new one is set up.
+
+        Every child that ends calls this; one call at a time works, and one whose child is already replaced has nothing
+        to do.
+        """
+        with self._restart_lock:
+            while lost is self._connection and self._replace_child():
+                try:
+                    assert self.set_up is not None
+                    self.set_up()
+                except ExchangeError as error:
+                    logging.warning("the network is not back yet: %s", error)
+                    lost = self._connection
+                    self._closing.wait(RESTART_PAUSE_S)
+
+    def _replace_child(self) -> bool:
+        with self._child_lock:
+            if self._closing.is_set():
+                return False
             self._bury()
             logging.warning("the network process ended unexpectedly; starting it again")
             self._start()
-            try:
-                assert self.set_up is not None
-                self.set_up()
-                return
-            except ExchangeError as error:
-                logging.warning("the network is not back yet: %s", error)
-                self._connection.close()
-                self._closing.wait(RESTART_PAUSE_S)
+            return True
 
     def _bury(self) -> None:
         """End the child, however it is, and remove its files."""
@@ -168,18 +182,19 @@ class NetworkProcess:
             self._send({"do": "close"})
         except ConnectionLost:
             pass
-        self._bury()
+        with self._child_lock:  # a child that is just being started is buried too
+            self._bury()
 
 
 def sweep_left_overs() -> None:
     """Remove the folders of workers that were killed together with their network process."""
     for path in Path(tempfile.gettempdir()).glob("dtrain-*-*"):
         pid = path.name.split("-")[1]
-        if not pid.isdigit():
+        if not pid.isdecimal():
             continue
         try:
             os.kill(int(pid), 0)
         except ProcessLookupError:
             shutil.rmtree(path, ignore_errors=True)
-        except OSError:
+        except (OSError, OverflowError):
             continue

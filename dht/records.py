@@ -1,11 +1,13 @@
 """What the DHT may hold: small records, each under its owner's peer id, signed by that owner, for an hour at most.
 
 hivemind's own RSA validator accepts records that carry no owner tag and puts no ceiling on expiry; this one refuses
-both, so nobody can write under another peer's name or block a key for years.
+both, so nobody can write under another peer's name or block a key for years. It also refuses what hivemind itself would
+stumble over when somebody reads the key: one peer's bad record must not hide everybody else's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,21 +46,28 @@ class SignedRecords(RecordValidatorBase):  # type: ignore[misc]  # hivemind ship
     def validate(self, record: DHTRecord) -> bool:
         if not _SIGNATURE_BYTES < len(record.value) <= MAX_RECORD_BYTES:
             return False
-        if record.expiration_time > get_dht_time() + MAX_LIFETIME_S + CLOCK_SLACK_S:
+        if not record.expiration_time <= get_dht_time() + MAX_LIFETIME_S + CLOCK_SLACK_S:  # NaN too
             return False
         owner = self._owner(record)
         if owner is None:
             return False
         value, signature = record.value[:-_SIGNATURE_BYTES], record.value[-_SIGNATURE_BYTES:]
-        return verify(owner, _message(record, value), signature)
+        return isinstance(_unpack(value), (bytes, bool)) and verify(owner, _message(record, value), signature)
 
     @staticmethod
     def _owner(record: DHTRecord) -> bytes | None:
-        try:
-            owner = msgpack.unpackb(record.subkey)
-        except Exception:  # msgpack raises half a dozen types on hostile bytes
-            return None
-        return owner if isinstance(owner, bytes) else None
+        # hivemind drops a whole dictionary for one bad record in it, and packs the subkeys anew before it checks:
+        # a subkey packed in another way than hivemind's would pass here and spoil everybody's records there.
+        owner = _unpack(record.subkey)
+        return owner if isinstance(owner, bytes) and msgpack.packb(owner) == record.subkey else None
+
+
+def _unpack(blob: bytes) -> object:
+    """What the msgpack holds; None also when it is none."""
+    try:
+        return msgpack.unpackb(blob)
+    except Exception:  # msgpack raises half a dozen types on hostile bytes
+        return None
 
 
 def _message(record: DHTRecord, value: bytes) -> bytes:
@@ -81,13 +90,13 @@ def unpack_status(blob: object) -> dict[str, Any] | None:
     """Decode a heartbeat from the network; None unless it fits the schema."""
     if not isinstance(blob, bytes) or len(blob) > MAX_RECORD_BYTES:
         return None
-    try:
-        status = msgpack.unpackb(blob)
-    except Exception:  # msgpack raises half a dozen types on hostile bytes
-        return None
+    status = _unpack(blob)
     if not isinstance(status, dict) or _status_problem(status):
         return None
-    if not isinstance(status.get("round"), int) or not 0 <= status["round"] < 2**40:
+    round, work = status.get("round"), status.get("work", 0)
+    if isinstance(round, bool) or not isinstance(round, int) or not 0 <= round < 2**40:
+        return None
+    if isinstance(work, bool) or not isinstance(work, (int, float)) or not 0 <= work < math.inf:
         return None
     if not isinstance(status.get("digest"), str) or not isinstance(status.get("state"), str):
         return None

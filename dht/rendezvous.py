@@ -57,7 +57,7 @@ def find(run_id: str) -> list[LocalWorker]:
             os.kill(worker.pid, 0)
         except ProcessLookupError:
             path.unlink(missing_ok=True)
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, OverflowError):
             continue
         else:
             found.append(worker)

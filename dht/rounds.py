@@ -220,7 +220,7 @@ class RoundRunner:
         finally:
             timeout.cancel()
         sections = [(i, self.members[i].weight, self._inbox[i]) for i in sorted(self._active)]
-        self._inbox = {}
+        self._inbox, self._active = {}, set()  # from here on nobody comes in and nobody is dropped
         residual = self._residual
         aggregate = await asyncio.to_thread(
             self.codec.reduce,
@@ -248,6 +248,8 @@ class RoundRunner:
     ) -> tuple[Header, bytes]:
         """A member sends its section of our span and wants the aggregate. Raises StreamError to refuse."""
         sender = self._index_of(sender_id)
+        if self.own_index not in self._status:
+            raise StreamError("no span is reduced here")
         self._connections[sender] += 1
         connection = self._connections[sender]
         try:

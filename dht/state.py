@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import mmap
+import operator
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ OFFER_TIMEOUT_S = 15.0
 PIECE_TIMEOUT_S = 10.0
 ROUNDS_OF_DONORS = 5  # how often the list of donors is gone through before a download fails
 MAX_STATE_BYTES = 2**40
+MAX_ROUNDS = 2**40
 
 
 @dataclass
@@ -152,19 +155,20 @@ async def fetch_state(
 async def _ask_offer(call: Call) -> Offer | None:
     try:
         reply, _ = await ask(call, {"want": "offer"}, max_bytes=0, timeout_s=OFFER_TIMEOUT_S)
-        offer = Offer(
-            int(reply["round"]),
-            float(reply["work"]),
-            bytes(reply["digest"]),
-            int(reply["total"]),
-            bytes(reply["sha256"]),
+        hashes = reply["digest"], reply["sha256"]
+        fits = (
+            all(isinstance(value, bytes) and len(value) == 32 for value in hashes)
+            and 0 < operator.index(reply["total"]) <= MAX_STATE_BYTES
+            and 0 <= operator.index(reply["round"]) < MAX_ROUNDS
+            and 0 <= reply["work"] < math.inf  # false for NaN, which no order holds for
         )
+        if not fits:
+            return None
+        return Offer(reply["round"], float(reply["work"]), hashes[0], reply["total"], hashes[1])
     except asyncio.CancelledError:
         raise
     except Exception:  # an unreachable or malformed donor is no donor
         return None
-    fits = len(offer.digest) == 32 and len(offer.sha256) == 32 and 0 < offer.total <= MAX_STATE_BYTES
-    return offer if fits else None
 
 
 def _sha256_of(path: Path) -> bytes:

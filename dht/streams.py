@@ -11,6 +11,7 @@ A message sequence is one msgpack header, then a blob in pieces: `{"size": bytes
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from google.protobuf.wrappers_pb2 import BytesValue
 
 PIECE_BYTES = 256 * 1024  # small enough for relays, large enough that framing is noise
 MAX_HEADER_BYTES = 64 * 1024
+MAX_REASON = 200  # characters of a refusal
 ACKNOWLEDGE_S = 5.0  # longest wait for a caller's end-of-stream
 HANG_UP_S = 2.0
 
@@ -59,10 +61,10 @@ def parse_header(raw: bytes, max_bytes: int) -> Header:
     if not isinstance(header, dict):
         raise StreamError("the header is not a map")
     if "refused" in header:
-        raise Refused(str(header["refused"])[:200])
+        raise Refused(str(header["refused"])[:MAX_REASON])
     size = header.get("size")
     if not isinstance(size, int) or not 0 <= size <= max_bytes:
-        raise StreamError(f"announces {size!r} bytes where at most {max_bytes} fit")
+        raise StreamError(f"announces {size!r:.40} bytes where at most {max_bytes} fit")
     return header
 
 
@@ -71,14 +73,16 @@ async def read(
     *,
     max_bytes: int,
     timeout_s: float,
+    header_timeout_s: float | None = None,
     on_bytes: Callable[[Header, bytes], None] | None = None,
 ) -> tuple[Header, bytes]:
-    """Read one header and its blob; `timeout_s` bounds the wait for each message.
+    """Read one header and its blob; `timeout_s` bounds the wait for each message, but for the header if that has its own.
 
     With `on_bytes(header, piece)` the pieces go there instead and the returned blob is empty.
     Raises StreamError, or asyncio.TimeoutError when the other side stalls.
     """
-    header = parse_header((await next_message(stream, timeout_s)).value, max_bytes)
+    wait_s = timeout_s if header_timeout_s is None else header_timeout_s
+    header = parse_header((await next_message(stream, wait_s)).value, max_bytes)
     return header, await read_blob(
         stream, header, max_bytes=max_bytes, timeout_s=timeout_s, on_bytes=on_bytes
     )
@@ -140,8 +144,13 @@ async def ask(
 
     stream = await asyncio.wait_for(call(requests()), timeout_s)
     try:
-        wait_s = timeout_s if reply_timeout_s is None else reply_timeout_s
-        return await read(stream, max_bytes=max_bytes, timeout_s=wait_s, on_bytes=on_bytes)
+        return await read(
+            stream,
+            max_bytes=max_bytes,
+            timeout_s=timeout_s,
+            header_timeout_s=reply_timeout_s,
+            on_bytes=on_bytes,
+        )
     finally:
         acknowledged.set()
         in_background(_hang_up(stream))
@@ -155,26 +164,33 @@ async def answer(
 
     `handle` reads what it needs from `requests` and raises StreamError to refuse.
     """
+    stalled = False
     try:
         header, blob = await handle()
     except asyncio.TimeoutError:
-        header, blob = {"refused": "timed out"}, b""
+        header, blob, stalled = {"refused": "timed out"}, b"", True
     except StreamError as error:
-        header, blob = {"refused": str(error)}, b""
+        header, blob = {"refused": str(error)[:MAX_REASON]}, b""
+    except Exception:  # a mistake of ours; hivemind would report it and hang up first
+        logging.exception("a request of another peer failed")
+        header, blob = {"refused": "internal error"}, b""
     for message in messages(header, blob):
         yield message
-    await until_acknowledged(requests)
+    if stalled:  # the read that was given up has closed `requests`: only a hang-up, which cancels us, is heard
+        await asyncio.sleep(ACKNOWLEDGE_S)
+    else:
+        await _until_acknowledged(requests)
 
 
-async def until_acknowledged(requests: AsyncIterator[Any], timeout_s: float = ACKNOWLEDGE_S) -> None:
-    """Swallow what is left of the caller's stream up to its end, for `timeout_s` at most."""
+async def _until_acknowledged(requests: AsyncIterator[Any]) -> None:
+    """Swallow what is left of the caller's stream up to its end, for ACKNOWLEDGE_S at most."""
 
     async def drain() -> None:
         async for _ in requests:
             pass
 
     try:
-        await asyncio.wait_for(drain(), timeout_s)
+        await asyncio.wait_for(drain(), ACKNOWLEDGE_S)
     except asyncio.TimeoutError:
         pass
 

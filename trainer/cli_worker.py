@@ -6,34 +6,32 @@ import argparse
 import fcntl
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dtrain.trainer.cli_run import (
+    begin_run,
+    check_address,
+    check_flags,
+    choose_run_id,
+    find_manifest,
+    parse_invite,
+    proposed_manifest,
+    stored_manifest,
+)
 from dtrain.trainer.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from dtrain.dht.exchange import DhtExchange
     from dtrain.dht.invite import Invite
     from dtrain.trainer.manifest import Manifest
+    from dtrain.trainer.metrics import MetricsLog
     from dtrain.trainer.signing import SignedManifest
     from dtrain.trainer.worker import Worker
 
 MAX_WORKERS_IN_A_FOLDER = 64
-FIND_MANIFEST_S = 20.0
-
-# Flags that set something all peers of a run share, and the manifest key each one sets.
-SHARED_FLAGS = {
-    "preset": "model.preset",
-    "inner_steps": "train.inner_steps",
-    "batch_size": "train.batch_size",
-    "lr": "train.lr",
-    "seed": "train.seed",
-    "start_workers": "exchange.start_workers",
-    "matchmaking_s": "exchange.matchmaking_s",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--folder", type=Path, help="where checkpoints go (default: ./dtrain-runs/RUN/NAME)")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     machine.add_argument(
-        "--threads", type=int, default=0, help="CPU threads for training; 0 = torch's choice"
+        "--threads", type=int, default=0, help="CPU threads for training; 0 = all cores but one"
     )
     machine.add_argument(
         "--data", type=Path, help="text file to train on (default: Python's own library sources)"
@@ -82,12 +80,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command until the run or the user ends it."""
     started = _command_start()
-    invite = _invite(args)
-    run_id = _run_id(args, invite)
-    proposed = _proposed_manifest(args, run_id)
+    check_address(args)
+    invite = parse_invite(args)
+    run_id = choose_run_id(args, invite)
+    proposed = proposed_manifest(args, run_id)
+    from dtrain.dht.process import ExchangeError
+
     with ExitStack() as stack:
         name, folder = stack.enter_context(_worker_folder(args, run_id))
-        worker = _start(args, run_id, invite, proposed, name, folder, stack)
+        try:
+            worker = _start(args, run_id, invite, proposed, name, folder, stack)
+        except ExchangeError as error:
+            # With no peers or only typed ones, what was typed is what is wrong.
+            typed_wrong = args.peer or args.invite or not _found_peers(run_id)
+            raise (UsageError if typed_wrong else RunError)(str(error)) from None
         worker.report.started = started
         with _signals(worker):
             worker.run()
@@ -105,44 +111,21 @@ def _start(
 ) -> Worker:
     """Find or begin the run, build the worker, open the run in the exchange."""
     from dtrain.dht import rendezvous
-    from dtrain.dht.exchange import DhtExchange, PeerSettings
-    from dtrain.dht.process import ExchangeError
 
-    stored = _stored_manifest(folder)
+    stored = stored_manifest(folder)
     with ExitStack() as beginning:
         beginning.enter_context(rendezvous.lock())  # two workers started at once must not both begin the run
         peers = list(args.peer) + list(invite.addresses if invite else ())
-        if not peers:
-            peers = [address for local in rendezvous.find(run_id) for address in local.addresses]
-        settings = PeerSettings(folder / "identity.key", args.host, args.port, tuple(peers))
-        exchange = DhtExchange(settings)
-        stack.callback(exchange.close)
-        from dtrain.trainer.settings import MachineSettings  # torch comes in while the network process starts
-        from dtrain.trainer.worker import Worker
-
-        try:
-            exchange.connect()
-            if peers:
-                print(f"Connected to the run through {len(peers)} known addresses.", flush=True)
-                signed = _find_manifest(exchange, run_id, invite)
-            else:
-                signed = stored or _begin_run(args, run_id, folder)
-        except ExchangeError as error:
-            raise (UsageError if not peers or args.peer or invite else RunError)(str(error)) from None
-        _check_flags(args, proposed, signed.manifest)
-        machine = MachineSettings(
-            name=name,
-            folder=folder,
-            device=args.device,
-            threads=args.threads,
-            data=args.data,
-            max_rounds=args.rounds,
-            eval_every=args.eval_every,
-            keep_checkpoints=args.keep_checkpoints,
-            checkpoint_every=args.checkpoint_every,
+        peers = peers or _found_peers(run_id)
+        if peers:
+            beginning.close()  # the run is there already
+        exchange = _connect(args, folder, peers, stack)
+        signed = (
+            find_manifest(exchange, run_id, invite) if peers else stored or begin_run(args, run_id, folder)
         )
+        check_flags(args, proposed, signed.manifest)
         metrics = stack.enter_context(_metrics(folder))
-        worker = Worker(signed.manifest, machine, exchange, metrics, _say)
+        worker = _build(args, signed, name, folder, exchange, metrics)
         (folder / "manifest.json").write_text(signed.to_json())
         _open_run(exchange, signed, worker)
     metrics.write(
@@ -163,6 +146,51 @@ def _start(
     return worker
 
 
+def _found_peers(run_id: str) -> list[str]:
+    """Addresses of the run's workers on this machine."""
+    from dtrain.dht import rendezvous
+
+    return [address for worker in rendezvous.find(run_id) for address in worker.addresses]
+
+
+def _connect(args: argparse.Namespace, folder: Path, peers: list[str], stack: ExitStack) -> DhtExchange:
+    from dtrain.dht.exchange import DhtExchange, PeerSettings
+
+    exchange = DhtExchange(PeerSettings(folder / "identity.key", args.host, args.port, tuple(peers)))
+    stack.callback(exchange.close)
+    import dtrain.trainer.worker  # noqa: F401  # torch comes in while the network process starts
+
+    exchange.connect()
+    if peers:
+        _say(f"Connected to the run through {len(peers)} known addresses.")
+    return exchange
+
+
+def _build(
+    args: argparse.Namespace,
+    signed: SignedManifest,
+    name: str,
+    folder: Path,
+    exchange: DhtExchange,
+    metrics: MetricsLog,
+) -> Worker:
+    from dtrain.trainer.settings import MachineSettings
+    from dtrain.trainer.worker import Worker
+
+    settings = MachineSettings(
+        name=name,
+        folder=folder,
+        device=args.device,
+        threads=args.threads,
+        data=args.data,
+        max_rounds=args.rounds,
+        eval_every=args.eval_every,
+        keep_checkpoints=args.keep_checkpoints,
+        checkpoint_every=args.checkpoint_every,
+    )
+    return Worker(signed.manifest, settings, exchange, metrics, _say)
+
+
 def _open_run(exchange: DhtExchange, signed: SignedManifest, worker: Worker) -> None:
     manifest, terms = signed.manifest, signed.manifest.exchange
     exchange.open_run(
@@ -180,113 +208,6 @@ def _open_run(exchange: DhtExchange, signed: SignedManifest, worker: Worker) -> 
     )
 
 
-# ---------------------------------------------------------------------- which run, which settings
-
-
-def _invite(args: argparse.Namespace) -> Invite | None:
-    if args.invite is None:
-        return None
-    from dtrain.dht.invite import InviteError, decode
-
-    try:
-        return decode(args.invite)
-    except InviteError as error:
-        raise UsageError(f"--invite: {error}") from None
-
-
-def _run_id(args: argparse.Namespace, invite: Invite | None) -> str:
-    from dtrain.trainer.manifest import validate_run_id
-
-    if invite is not None:
-        if args.run_id not in (None, invite.run_id):
-            raise UsageError(
-                f"--run-id {args.run_id} but the invite is for {invite.run_id}: leave --run-id out"
-            )
-        return validate_run_id(invite.run_id)
-    if args.run_id is None:
-        raise UsageError("which run? type --run-id NAME, or --invite with an invite you were given")
-    return validate_run_id(args.run_id)
-
-
-def _proposed_manifest(args: argparse.Namespace, run_id: str) -> Manifest | None:
-    """What --config and the shared flags ask for; None when nothing of the kind was typed."""
-    from dtrain.trainer.data import file_sha256
-    from dtrain.trainer.manifest import manifest_from_toml, preset_manifest
-
-    overrides: dict[str, object] = {key: getattr(args, flag) for flag, key in SHARED_FLAGS.items()}
-    if args.data is not None:
-        sha256 = file_sha256(args.data)
-        overrides.update({"data.source": "file", "data.name": args.data.name, "data.sha256": sha256})
-    if args.config is not None:
-        return manifest_from_toml(args.config, {**overrides, "run_id": run_id})
-    if all(value is None for value in overrides.values()):
-        return None
-    preset = overrides.pop("model.preset") or "tiny"
-    return preset_manifest(run_id, str(preset), overrides)
-
-
-def _check_flags(args: argparse.Namespace, proposed: Manifest | None, actual: Manifest) -> None:
-    """Refuse flags that contradict the run. Only what was typed is compared, not the defaults around it."""
-    if proposed is None:
-        return
-    from dtrain.trainer.manifest import diff
-
-    typed = {key for flag, key in SHARED_FLAGS.items() if getattr(args, flag) is not None}
-    if args.data is not None:
-        typed |= {"data.name", "data.sha256"}
-    for key, wanted, has in diff(proposed, actual):
-        if key != "organizer" and (args.config is not None or key in typed):
-            raise UsageError(
-                f"the run {actual.run_id} has {key} = {has!r}, you asked for {wanted!r}: "
-                "leave that setting out to join, or choose another --run-id to begin a run of your own"
-            )
-
-
-def _find_manifest(exchange: DhtExchange, run_id: str, invite: Invite | None) -> SignedManifest:
-    """The manifest of a run that others already train."""
-    from dtrain.trainer.signing import SignedManifest
-
-    until = time.monotonic() + FIND_MANIFEST_S
-    while time.monotonic() < until:
-        found: dict[bytes, SignedManifest] = {}
-        for blob in exchange.find_manifests(run_id):
-            try:
-                signed = SignedManifest.from_json(blob)
-            except UsageError:
-                continue  # somebody's garbage under our key
-            if invite is None or signed.manifest.hash == invite.manifest_hash:
-                found[signed.manifest.hash] = signed
-        if len(found) > 1:
-            raise UsageError(
-                f"several runs call themselves {run_id}; join with an --invite, which names one of them"
-            )
-        if found:
-            return found.popitem()[1]
-        time.sleep(0.5)
-    raise UsageError(
-        f"the peers you gave know no run {run_id}"
-        + (" with that invite" if invite else "")
-        + ": is the name right?"
-    )
-
-
-def _stored_manifest(folder: Path) -> SignedManifest | None:
-    """The run's manifest as this folder has it from last time."""
-    from dtrain.trainer.signing import SignedManifest
-
-    path = folder / "manifest.json"
-    return SignedManifest.from_json(path.read_text()) if path.exists() else None
-
-
-def _begin_run(args: argparse.Namespace, run_id: str, folder: Path) -> SignedManifest:
-    from dtrain.trainer.manifest import preset_manifest
-    from dtrain.trainer.signing import OrganizerKey
-
-    manifest = _proposed_manifest(args, run_id) or preset_manifest(run_id)
-    _say(f"Nobody trains {run_id} yet: beginning it.")
-    return OrganizerKey.load_or_create(folder.parent / "organizer.key").sign(manifest)
-
-
 def _print_invite(exchange: DhtExchange, signed: SignedManifest) -> None:
     from dtrain.dht.invite import MAX_ADDRESSES, Invite
 
@@ -294,9 +215,6 @@ def _print_invite(exchange: DhtExchange, signed: SignedManifest) -> None:
     organizer = bytes.fromhex(signed.manifest.organizer)
     invite = Invite(signed.manifest.run_id, signed.manifest.hash, organizer, addresses)
     _say(f"Others join with:\n  dtrain worker --invite {invite.encode()}")
-
-
-# ---------------------------------------------------------------------- this machine
 
 
 @contextmanager
@@ -328,7 +246,7 @@ def _worker_folder(args: argparse.Namespace, run_id: str) -> Iterator[tuple[str,
 
 
 @contextmanager
-def _metrics(folder: Path) -> Iterator[Any]:
+def _metrics(folder: Path) -> Iterator[MetricsLog]:
     from dtrain.trainer.metrics import MetricsLog
 
     with MetricsLog(folder / "metrics.jsonl") as metrics:

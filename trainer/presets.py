@@ -11,10 +11,10 @@ from collections.abc import Mapping
 Section = Mapping[str, object]
 
 PRESETS: Mapping[str, Mapping[str, Section]] = {
-    "tiny": {  # 1.0M parameters: trains visibly within minutes on one CPU core
-        "model": {"dim": 128, "num_layers": 5, "num_heads": 4, "hidden_dim": 512, "seq_len": 256},
-        "train": {"inner_steps": 15, "batch_size": 8, "seq_len": 128, "lr": 3e-3, "total_steps": 3000},
-        "codec": {"k": 256, "value_bits": 2},
+    "tiny": {  # 0.93M parameters: learns visibly within a minute on one CPU core, at about 0.1 s per inner step
+        "model": {"dim": 192, "num_layers": 2, "num_heads": 3, "hidden_dim": 768, "seq_len": 256},
+        "train": {"inner_steps": 15, "batch_size": 16, "seq_len": 64, "lr": 1e-2, "total_steps": 3000},
+        "codec": {"k": 512, "value_bits": 1},
     },
     "small": {  # 25M
         "model": {"dim": 512, "num_layers": 8, "num_heads": 8, "hidden_dim": 2048, "seq_len": 1024},

@@ -26,7 +26,7 @@ class MachineSettings:
     device: str = "auto"
     """"auto" takes CUDA, else Apple's MPS, else the CPU; or "cpu", "cuda", "cuda:1", "mps"."""
     threads: int = 0
-    """CPU threads for training; 0 leaves the choice to torch."""
+    """CPU threads for training; 0 = all cores but one, so that the machine stays usable."""
     data: Path | None = None
     """The text file to train on, where the run uses one."""
     max_rounds: int = 0

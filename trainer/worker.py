@@ -5,6 +5,7 @@ manifest -> data stream -> inner steps -> delta -> payload -> exchange -> aggreg
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -57,8 +58,7 @@ class Worker:
         self, manifest: Manifest, settings: MachineSettings, exchange: Exchange, metrics: MetricsLog, say: Say
     ):
         self.manifest, self.settings, self.exchange = manifest, settings, exchange
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
+        torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
         device = resolve_device(settings.device)
         torch.manual_seed(manifest.train.seed)
         self.model = GPT(manifest.model, seed=manifest.train.seed).to(device)

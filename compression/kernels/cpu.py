@@ -98,7 +98,7 @@ class CpuKernel:
         def check(first: int, end: int) -> None:
             bad = np.zeros(1, np.int64)
             found = loops().check(
-                first, end, layout.group_edges, fmt.kept, layout.size, fmt.fixed_bytes, fmt.value_bits,
+                first, end, layout.group_edges, fmt.kept, fmt.group_kept, layout.size, fmt.fixed_bytes, fmt.value_bits,
                 section.data, section.bounds, section.first_group, bad,
             )  # fmt: skip
             _refuse(found, bad)
@@ -113,7 +113,7 @@ class CpuKernel:
         def add(first: int, end: int) -> None:
             bad = np.zeros(1, np.int64)
             found = loops().add(
-                first, end, layout.group_edges, layout.offset, fmt.kept, layout.size, fmt.fixed_bytes, fmt.value_bits,
+                first, end, layout.group_edges, layout.offset, fmt.kept, fmt.group_kept, layout.size, fmt.fixed_bytes, fmt.value_bits,
                 section.data, section.bounds, section.first_group, np.float32(weight), flat, base, bad,
             )  # fmt: skip
             _refuse(found, bad)
@@ -138,7 +138,7 @@ class CpuKernel:
         def decode(first: int, end: int) -> None:
             bad = np.zeros(1, np.int64)
             found = loops().decode(
-                first, end, layout.group_edges, fmt.kept, layout.size, fmt.fixed_bytes, fmt.value_bits, data, sizes,
+                first, end, layout.group_edges, fmt.kept, fmt.group_kept, layout.size, fmt.fixed_bytes, fmt.value_bits, data, sizes,
                 bounds, whole.first_group, weights, addresses, layout.stride, transform == "dct",
                 cpu_dct.half_secants(), cpu_dct.norms(), bad,
             )  # fmt: skip

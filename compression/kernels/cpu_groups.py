@@ -13,9 +13,11 @@ import numpy as np
 from numba import carray, njit
 
 from dtrain.compression.kernels import cpu_dct
-from dtrain.compression.kernels.cpu_read import GOOD, add_chunk, read_positions
+from dtrain.compression.kernels.cpu_read import GOOD, PAD, add_chunk, group_bytes, read_codes, read_positions
 from dtrain.compression.kernels.cpu_select import LANES, fold, scan, select
 from dtrain.compression.kernels.cpu_tools import byte_pointer, float_pointer, jit
+from dtrain.compression.kernels.cpu_vector import clear_row, fence, stream_row
+from dtrain.compression.layout import MAX_GROUP_CHUNKS
 from dtrain.compression.kernels.cpu_write import (
     group_exponent,
     measure,
@@ -130,11 +132,13 @@ def build(sources: str) -> Loops:
                         for j in range(64):
                             block[i, j] = row[j]
                     cpu_dct.forward(block, coefficients, secants, norm)
-                    fold(chunk, coefficients.ravel(), 64, decay, lane_max)
+                    fold(chunk, coefficients.ravel(), 64, decay, lane_max, 0, 0)
                 else:
                     length = len(chunk) if strides[c] == 64 else 63 * strides[c] + 64
                     source = carray(float_pointer(addresses[c]), (length,))
-                    fold(chunk, source, strides[c], decay, lane_max)
+                    ahead = c + 1 < len(addresses) and strides[c + 1] != 64
+                    following = addresses[c + 1] if ahead else 0
+                    fold(chunk, source, strides[c], decay, lane_max, following, strides[c + 1] if ahead else 0)
                 k = kept[c]
                 mine = positions[done : done + k]
                 select(chunk, k, lane_max, keys, places, mine)
@@ -151,18 +155,17 @@ def build(sources: str) -> Loops:
 
     @njit(nogil=True, error_model="numpy", cache=True)
     def check(
-        first_group: int, end_group: int, group_edges: Any, kept: Any, sizes: Any, fixed: Any, value_bits: int,
+        first_group: int, end_group: int, group_edges: Any, kept: Any, group_kept: Any, sizes: Any, fixed: Any, value_bits: int,
         data: Any, bounds: Any, section_group: int, bad: Any,
     ) -> int:  # fmt: skip
         """Read the positions of groups in data[bounds]. Returns an index into REASONS, bad[0] <- the group."""
         _ = sources
-        positions = _positions_for(first_group, end_group, group_edges, kept)
+        positions, fields = _room(first_group, end_group, group_edges, kept)
+        table = np.empty(4, np.float32)
         for g in range(first_group, end_group):
             a, b = group_edges[g], group_edges[g + 1]
-            i = g - section_group
-            found = read_positions(
-                data, bounds[i], bounds[i + 1], kept[a:b], sizes[a:b], b - a, fixed[g], value_bits, positions
-            )
+            group = group_bytes(data, bounds[g - section_group], bounds[g - section_group + 1])
+            found = read_positions(group, kept[a:b], sizes[a:b], fixed[g], value_bits, positions, fields)
             if found != GOOD:
                 bad[0] = g
                 return found
@@ -170,29 +173,31 @@ def build(sources: str) -> Loops:
 
     @njit(nogil=True, error_model="numpy", cache=True)
     def add(
-        first_group: int, end_group: int, group_edges: Any, offset: Any, kept: Any, sizes: Any, fixed: Any,
+        first_group: int, end_group: int, group_edges: Any, offset: Any, kept: Any, group_kept: Any, sizes: Any, fixed: Any,
         value_bits: int, data: Any, bounds: Any, section_group: int, weight: Any, values: Any, base: int, bad: Any,
     ) -> int:  # fmt: skip
         """values (from element `base`) <- values + weight * groups; else as `check`."""
         _ = sources
-        positions = _positions_for(first_group, end_group, group_edges, kept)
+        positions, fields = _room(first_group, end_group, group_edges, kept)
+        table = np.empty(4, np.float32)
         for g in range(first_group, end_group):
             a, b = group_edges[g], group_edges[g + 1]
-            begin, end = bounds[g - section_group], bounds[g - section_group + 1]
-            found = read_positions(data, begin, end, kept[a:b], sizes[a:b], b - a, fixed[g], value_bits, positions)
+            group = group_bytes(data, bounds[g - section_group], bounds[g - section_group + 1])
+            found = read_positions(group, kept[a:b], sizes[a:b], fixed[g], value_bits, positions, fields)
             if found != GOOD:
                 bad[0] = g
                 return found
+            read_codes(group, b - a, group_kept[g], value_bits, fields)
             first = 0
             for c in range(a, b):
                 chunk = values[offset[c] - base : offset[c + 1] - base]
-                add_chunk(data, begin, end, c - a, first, kept[c], b - a, weight, value_bits, positions, chunk, 64)
+                add_chunk(group, c - a, b - a, first, kept[c], weight, value_bits, positions, fields, table, chunk)
                 first += kept[c]
         return GOOD
 
     @njit(nogil=True, error_model="numpy", cache=True)
     def decode(
-        first_group: int, end_group: int, group_edges: Any, kept: Any, sizes: Any, fixed: Any, value_bits: int,
+        first_group: int, end_group: int, group_edges: Any, kept: Any, group_kept: Any, sizes: Any, fixed: Any, value_bits: int,
         data_addresses: Any, data_sizes: Any, bounds: Any, section_group: int, weights: Any, addresses: Any,
         strides: Any, dct: bool, secants: Any, norm: Any, bad: Any,
     ) -> int:  # fmt: skip
@@ -201,69 +206,72 @@ def build(sources: str) -> Loops:
         data_addresses, data_sizes [sections]: their bytes; bounds [sections, groups + 1]; weights [sections].
         """
         _ = sources
-        positions = _positions_for(first_group, end_group, group_edges, kept)
-        most = 1
+        largest = 0
         for g in range(first_group, end_group):
-            most = max(most, group_edges[g + 1] - group_edges[g])
-        tile = np.empty((most if dct else 1, 64, 64), np.float32)
-        result = np.empty((64, 64), np.float32)
+            largest = max(largest, group_kept[g])
+        positions = np.empty((len(weights), largest + PAD), np.int32)
+        fields = np.empty((len(weights), largest + PAD), np.int32)
+        heads = np.empty((len(weights), 2 + 2 * MAX_GROUP_CHUNKS), np.uint8)
+        table = np.empty(4, np.float32)
+        longest = 0
+        for c in range(group_edges[first_group], group_edges[end_group]):
+            longest = max(longest, sizes[c])
+        sums, result = np.empty(longest + 64, np.float32), np.empty((64, 64), np.float32)
         for g in range(first_group, end_group):
             a, b = group_edges[g], group_edges[g + 1]
-            for c in range(a, b):
-                _clear(_target(addresses[c], strides[c], sizes[c], dct, tile, c - a), strides[c], sizes[c], dct)
             for s in range(len(weights)):
                 data = carray(byte_pointer(data_addresses[s]), (data_sizes[s],))
-                begin, end = bounds[s, g - section_group], bounds[s, g - section_group + 1]
-                found = read_positions(data, begin, end, kept[a:b], sizes[a:b], b - a, fixed[g], value_bits, positions)
+                group = group_bytes(data, bounds[s, g - section_group], bounds[s, g - section_group + 1])
+                found = read_positions(group, kept[a:b], sizes[a:b], fixed[g], value_bits, positions[s], fields[s])
                 if found != GOOD:
                     bad[0] = g
                     return found
-                first = 0
-                for c in range(a, b):
-                    target = _target(addresses[c], strides[c], sizes[c], dct, tile, c - a)
-                    stride = 64 if dct else strides[c]
+                read_codes(group, b - a, group_kept[g], value_bits, fields[s])
+                head = min(len(group), heads.shape[1])
+                heads[s, :head] = group[:head]
+            first = 0
+            for c in range(a, b):
+                size = sizes[c]
+                for i in range(0, size, 64):
+                    clear_row(sums, i)
+                for s in range(len(weights)):
                     add_chunk(
-                        data, begin, end, c - a, first, kept[c], b - a, weights[s], value_bits, positions, target, stride
-                    )
-                    first += kept[c]
-            if dct:
-                for c in range(a, b):
-                    if sizes[c] == 4096:
-                        cpu_dct.inverse(tile[c - a], result, secants, norm)
-                        target = carray(float_pointer(addresses[c]), (63 * strides[c] + 64,))
-                        for i in range(64):
-                            row = target[i * strides[c] : i * strides[c] + 64]
-                            for j in range(64):
-                                row[j] = result[i, j]
+                        heads[s], c - a, b - a, first, kept[c], weights[s], value_bits, positions[s], fields[s], table,
+                        sums,
+                    )  # fmt: skip
+                first += kept[c]
+                if dct and size == 4096:
+                    cpu_dct.inverse(sums[:4096].reshape(64, 64), result, secants, norm)
+                    _store(result.ravel(), addresses[c], strides[c], size)
+                else:
+                    _store(sums, addresses[c], strides[c], size)
+        fence()
         return GOOD
 
     return Loops(write, check, add, decode)
 
 
 @jit
-def _positions_for(first_group: int, end_group: int, group_edges: Any, kept: Any) -> Any:
-    """Room for the positions of the largest of these groups."""
+def _room(first_group: int, end_group: int, group_edges: Any, kept: Any) -> Any:
+    """Two arrays with a place for every kept coefficient of the largest of these groups."""
     largest = 0
     for g in range(first_group, end_group):
         total = 0
         for c in range(group_edges[g], group_edges[g + 1]):
             total += kept[c]
         largest = max(largest, total)
-    return np.empty(largest, np.int32)
+    return np.empty(largest + PAD, np.int32), np.empty(largest + PAD, np.int32)
 
 
 @jit
-def _target(address: int, stride: int, size: int, dct: bool, tile: Any, number: int) -> Any:
-    """Where a chunk's values are summed: a tile of coefficients, or the output itself."""
-    if dct and size == 4096:
-        return tile[number].ravel()
-    return carray(float_pointer(address), (size if stride == 64 else 63 * stride + 64,))
-
-
-@jit
-def _clear(target: Any, stride: int, size: int, dct: bool) -> None:
-    if stride == 64 or dct:
-        target[:size] = np.float32(0)
-        return
-    for i in range(64):
-        target[i * stride : i * stride + 64] = np.float32(0)
+def _store(values: Any, address: int, stride: int, size: int) -> None:
+    """Write a chunk's values [size] to memory: rows of 64, `stride` apart."""
+    if address % 32 == 0 and stride % 8 == 0:
+        for i in range(size >> 6):
+            stream_row(values, i * 64, address + 4 * i * stride)
+        rest = size & -64
+    else:
+        rest = 0
+    target = carray(float_pointer(address), (size if stride == 64 else 63 * stride + 64,))
+    for i in range(rest, size):
+        target[(i >> 6) * stride + (i & 63)] = values[i]

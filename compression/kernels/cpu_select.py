@@ -14,7 +14,7 @@ import numpy as np
 
 from dtrain.compression.kernels.cpu_tools import count_trailing_zeros, float_bits, jit
 from dtrain.compression.kernels.cpu_vector import LANES as STEP
-from dtrain.compression.kernels.cpu_vector import fold_step, mask_at_least, scan_step
+from dtrain.compression.kernels.cpu_vector import fold_step, mask_at_least, prefetch_row, scan_step
 
 LANES = 512
 _MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -22,12 +22,18 @@ _NARROW = np.int32(12 << 23)  # the k-th largest is hardly ever below 2**-12 of 
 
 
 @jit
-def fold(values: Any, source: Any, stride: int, decay: Any, lane_max: Any) -> None:
-    """values <- decay * values + source, [n] fp32; source is rows of 64, `stride` apart. Fills lane_max [512]."""
+def fold(values: Any, source: Any, stride: int, decay: Any, lane_max: Any, following: int, next_stride: int) -> None:
+    """values <- decay * values + source, [n] fp32; source is rows of 64, `stride` apart. Fills lane_max [512].
+
+    following, next_stride: address of what is folded next, its rows apart. Hardware doesn't foresee rows of a block
+    that lie pages apart, so they are asked for here, one chunk ahead; 0 asks for nothing.
+    """
     lane_max[:] = np.int32(-1)
     whole = len(values) & -64
     for i in range(0, whole, 64):
         row, lane = (i >> 6) * stride, i & (LANES - 1)
+        if following != 0:
+            prefetch_row(following + (i >> 6) * next_stride * 4)
         for j in range(0, 64, STEP):
             fold_step(values, i + j, source, row + j, lane_max, lane + j, decay)
     for i in range(whole, len(values)):  # only a short run can have a rest, and runs are contiguous

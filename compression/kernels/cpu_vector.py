@@ -99,3 +99,89 @@ def mask_at_least(_context: Any, values: Any, i: Any, cut: Any) -> Any:
     del cut
     return signature, generate
 
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def spread_fields(_context: Any, word: Any, width: Any, out: Any, i: Any) -> Any:
+    """out[i + j] <- the j-th field of `width` <= 8 bits of a u64, for j = 0 to 7; out is an i32 array."""
+    signature = types.void(types.uint64, types.int64, out, i)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide, ints = ir.VectorType(ir.IntType(64), 8), ir.VectorType(_I32, 8)
+        word, width, out, i = arguments
+        shifts = builder.mul(_splat(builder, width, wide), ir.Constant(wide, list(range(8))))
+        ones = builder.shl(ir.Constant(ir.IntType(64), 1), width)
+        mask = _splat(builder, builder.sub(ones, ir.Constant(ir.IntType(64), 1)), wide)
+        fields = builder.and_(builder.lshr(_splat(builder, word, wide), shifts), mask)
+        pointer = _pointer(context, builder, signature.args[2], out, i, ints)
+        _store(builder, builder.trunc(fields, ints), pointer)
+        return context.get_dummy_value()
+
+    del word, width
+    return signature, generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def clear_row(_context: Any, values: Any, i: Any) -> Any:
+    """values[i : i + 64] <- 0."""
+    signature = types.void(values, i)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        floats = ir.VectorType(_F32, WORD)
+        pointer = _pointer(context, builder, signature.args[0], arguments[0], arguments[1], floats)
+        _store(builder, ir.Constant(floats, [0.0] * WORD), pointer)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def stream_row(_context: Any, values: Any, i: Any, address: Any) -> Any:
+    """Copy values[i : i + 64] to `address`, a multiple of 32, past the caches: it won't be read again soon.
+
+    `fence` must follow before another thread may read it.
+    """
+    signature = types.void(values, i, types.int64)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        floats = ir.VectorType(_F32, 8)
+        source = _pointer(context, builder, signature.args[0], arguments[0], arguments[1], floats)
+        target = builder.inttoptr(arguments[2], floats.as_pointer())
+        hint = builder.module.add_metadata([ir.Constant(_I32, 1)])
+        for step in range(WORD // 8):
+            at = [ir.Constant(_I32, step)]
+            store = builder.store(_load(builder, builder.gep(source, at)), builder.gep(target, at))
+            store.align = 32
+            store.set_metadata("nontemporal", hint)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fence(_context: Any) -> Any:
+    """Make every store before it visible before any after it."""
+
+    def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch_row(_context: Any, _address: Any) -> Any:
+    """Ask for the 256 bytes from `address`, which are soon to be read."""
+    signature = types.void(types.int64)
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        read, locality, data = ir.Constant(_I32, 0), ir.Constant(_I32, 2), ir.Constant(_I32, 1)
+        for line in range(0, 256, 64):
+            place = builder.inttoptr(builder.add(arguments[0], ir.Constant(ir.IntType(64), line)), pointer)
+            builder.call(function, [place, read, locality, data])
+        return context.get_dummy_value()
+
+    return signature, generate

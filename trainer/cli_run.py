@@ -1,0 +1,146 @@
+"""Which run a worker joins, and whether what was typed agrees with it."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dtrain.trainer.errors import UsageError
+
+if TYPE_CHECKING:
+    from dtrain.dht.exchange import DhtExchange
+    from dtrain.dht.invite import Invite
+    from dtrain.trainer.manifest import Manifest
+    from dtrain.trainer.signing import SignedManifest
+
+FIND_MANIFEST_S = 20.0
+
+# Flags that set something all peers of a run share, and the manifest key each one sets.
+SHARED_FLAGS = {
+    "preset": "model.preset",
+    "inner_steps": "train.inner_steps",
+    "batch_size": "train.batch_size",
+    "lr": "train.lr",
+    "seed": "train.seed",
+    "start_workers": "exchange.start_workers",
+    "matchmaking_s": "exchange.matchmaking_s",
+}
+
+
+def check_address(args: argparse.Namespace) -> None:
+    """Refuse a --host or --port that cannot exist."""
+    try:
+        ipaddress.IPv4Address(args.host)
+    except ValueError:
+        raise UsageError(
+            f"--host {args.host} is no IPv4 address: type 0.0.0.0, or one of this machine's"
+        ) from None
+    if not 0 <= args.port <= 65535:
+        raise UsageError(f"--port {args.port} does not exist: type 1 to 65535, or 0 for any free one")
+
+
+def parse_invite(args: argparse.Namespace) -> Invite | None:
+    if args.invite is None:
+        return None
+    from dtrain.dht.invite import InviteError, decode
+
+    try:
+        return decode(args.invite)
+    except InviteError as error:
+        raise UsageError(f"--invite: {error}") from None
+
+
+def choose_run_id(args: argparse.Namespace, invite: Invite | None) -> str:
+    from dtrain.trainer.manifest import validate_run_id
+
+    if invite is not None:
+        if args.run_id not in (None, invite.run_id):
+            raise UsageError(
+                f"--run-id {args.run_id} but the invite is for {invite.run_id}: leave --run-id out"
+            )
+        return validate_run_id(invite.run_id)
+    if args.run_id is None:
+        raise UsageError("which run? type --run-id NAME, or --invite with an invite you were given")
+    return validate_run_id(args.run_id)
+
+
+def proposed_manifest(args: argparse.Namespace, run_id: str) -> Manifest | None:
+    """What --config and the shared flags ask for; None when nothing of the kind was typed."""
+    from dtrain.trainer.data import file_sha256
+    from dtrain.trainer.manifest import manifest_from_toml, preset_manifest
+
+    overrides: dict[str, object] = {key: getattr(args, flag) for flag, key in SHARED_FLAGS.items()}
+    if args.data is not None:
+        sha256 = file_sha256(args.data)
+        overrides.update({"data.source": "file", "data.name": args.data.name, "data.sha256": sha256})
+    if args.config is not None:
+        return manifest_from_toml(args.config, {**overrides, "run_id": run_id})
+    if all(value is None for value in overrides.values()):
+        return None
+    preset = overrides.pop("model.preset") or "tiny"
+    return preset_manifest(run_id, str(preset), overrides)
+
+
+def check_flags(args: argparse.Namespace, proposed: Manifest | None, actual: Manifest) -> None:
+    """Refuse flags that contradict the run. Only what was typed is compared, not the defaults around it."""
+    if proposed is None:
+        return
+    from dtrain.trainer.manifest import diff
+
+    typed = {key for flag, key in SHARED_FLAGS.items() if getattr(args, flag) is not None}
+    if args.data is not None:
+        typed |= {"data.name", "data.sha256"}
+    for key, wanted, has in diff(proposed, actual):
+        if key != "organizer" and (args.config is not None or key in typed):
+            raise UsageError(
+                f"the run {actual.run_id} has {key} = {has!r}, you asked for {wanted!r}: "
+                "leave that setting out to join, or choose another --run-id to begin a run of your own"
+            )
+
+
+def find_manifest(exchange: DhtExchange, run_id: str, invite: Invite | None) -> SignedManifest:
+    """The manifest of a run that others already train."""
+    from dtrain.trainer.signing import SignedManifest
+
+    until = time.monotonic() + FIND_MANIFEST_S
+    while time.monotonic() < until:
+        found: dict[bytes, SignedManifest] = {}
+        for blob in exchange.find_manifests(run_id):
+            try:
+                signed = SignedManifest.from_json(blob)
+            except UsageError:
+                continue  # somebody's garbage under our key
+            if invite is None or signed.manifest.hash == invite.manifest_hash:
+                found[signed.manifest.hash] = signed
+        if len(found) > 1:
+            raise UsageError(
+                f"several runs call themselves {run_id}; join with an --invite, which names one of them"
+            )
+        if found:
+            return found.popitem()[1]
+        time.sleep(0.5)
+    raise UsageError(
+        f"the peers you gave know no run {run_id}"
+        + (" with that invite" if invite else "")
+        + ": is the name right?"
+    )
+
+
+def stored_manifest(folder: Path) -> SignedManifest | None:
+    """The run's manifest as this folder has it from last time."""
+    from dtrain.trainer.signing import SignedManifest
+
+    path = folder / "manifest.json"
+    return SignedManifest.from_json(path.read_text()) if path.exists() else None
+
+
+def begin_run(args: argparse.Namespace, run_id: str, folder: Path) -> SignedManifest:
+    from dtrain.trainer.manifest import preset_manifest
+    from dtrain.trainer.signing import OrganizerKey
+
+    manifest = proposed_manifest(args, run_id) or preset_manifest(run_id)
+    print(f"Nobody trains {run_id} yet: beginning it.", flush=True)
+    return OrganizerKey.load_or_create(folder.parent / "organizer.key").sign(manifest)
