@@ -1,22 +1,33 @@
-# make setup   a virtual environment in .venv with everything in it
 # make demo    watch a small swarm of real workers train on this machine
 # make test    the whole default test suite
-# make check   lint, format, types
-PYTHON ?= python3
+# make check   lint, format, types and import directions
+# make setup   what the three do first: a virtual environment in .venv with everything in it
+#
+# PYTHON=python3.12 chooses the interpreter, DEMO_ARGS='--rounds 40' is handed to the demo, and so is
+# TEST_ARGS='-k codec' to pytest.
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTHON ?=
 DEMO_ARGS ?=
+TEST_ARGS ?=
 
 .PHONY: setup demo test check clean
+
 setup: $(STAMP)
 
+# The stamp is written last: whatever stops the set-up half-way, the next call goes on with it.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "dtrain needs Python 3.10 or newer; name one with: make setup PYTHON=python3.12" >&2; exit 2; }
-	@echo "==> Making the virtual environment $(VENV) with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv $(VENV)
-	@echo "==> Installing dtrain and its pinned dependencies (torch is the large one; this takes a few minutes)"
+	@for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python3.10); do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	    echo "==> Making the virtual environment $(VENV) with $$($$python --version)"; \
+	    exec $$python -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "dtrain needs Python 3.10 or newer; if you have one, name it: make setup PYTHON=/path/to/python3" >&2; \
+	exit 2
+	@echo "==> Installing dtrain and its pinned dependencies. PyTorch is by far the largest; on a Linux machine"
+	@echo "    without an NVIDIA GPU its CPU build is much smaller: README.md, \"Less to download\"."
 	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 	@echo "==> Ready. Try: $(BIN)/dtrain --help"
@@ -25,12 +36,13 @@ demo: setup
 	$(BIN)/dtrain demo $(DEMO_ARGS)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/pytest $(TEST_ARGS)
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python scripts/types.py
+	$(BIN)/pytest --quiet tests/test_floors.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .hypothesis .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

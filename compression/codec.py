@@ -15,7 +15,7 @@ import torch
 
 from dtrain.compression import aggregate as agg
 from dtrain.compression import wire
-from dtrain.compression.dense import decode_dense, encode_dense
+from dtrain.compression.dense_part import DensePart
 from dtrain.compression.errors import CompressionError
 from dtrain.compression.kernels import pick
 from dtrain.compression.kernels.base import Kernel
@@ -43,6 +43,7 @@ class Codec:
         self._format = SectionFormat(self.layout, spec.k, spec.value_bits, spec.dense_bits)
         k, bits = spec.aggregate_k or spec.k, spec.aggregate_bits or spec.value_bits
         self._aggregate_format = SectionFormat(self.layout, k, bits, spec.dense_bits)
+        self._dense = DensePart(self.layout, spec.dense_bits)
         self._id = wire.codec_id(spec, self.shapes)
         self._num_sparse_elements = int(self.layout.offset[self.layout.num_sparse])
 
@@ -69,10 +70,9 @@ class Codec:
         self._check_sources(tensors)
         sparse, dense = feedback[: self._num_sparse_elements], feedback[self._num_sparse_elements :]
         lengths, groups = self.kernel.encode(self._format, tensors, sparse, decay, self.spec.transform)
-        dense.mul_(decay).add_(self._gather_dense(tensors))
-        body = self._format.join(
-            lengths, groups, self._send_dense(dense, self.layout.num_sparse, self.num_chunks)
-        )
+        self._dense.fold(tensors, dense, decay)
+        sent = self._dense.send(dense, self.layout.num_sparse, self.num_chunks)
+        body = self._format.join(lengths, groups, sent)
         return wire.seal(wire.PAYLOAD, self._id, run, round, (0, self.num_chunks), body)
 
     def check(self, payload: bytes, *, run: bytes, round: int, first_chunk: int, num_chunks: int) -> None:
@@ -153,7 +153,7 @@ class Codec:
             self._numel(first_chunk, first_dense - first_chunk if first_group < end_group else 0),
         )
         lengths, groups = self.kernel.compress(fmt, residual[:cut], first_group, end_group)
-        body = fmt.join(lengths, groups, self._send_dense(residual[cut:], first_dense, end_dense))
+        body = fmt.join(lengths, groups, self._dense.send(residual[cut:], first_dense, end_dense))
         return wire.seal(wire.RECOMPRESSED, self._id, run, round, place, [head, *body], len(ordered))
 
     def check_aggregate(
@@ -177,15 +177,15 @@ class Codec:
         head, body = wire.open_header(aggregate, (wire.UNION, wire.RECOMPRESSED))
         return tuple(wire.unpack_contributors(head, body)[0])
 
-    def decode(self, aggregates: Sequence[bytes]) -> list[torch.Tensor]:
+    def decode(self, aggregates: Sequence[bytes], *, out: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
         """Decode checked aggregates of disjoint spans into fp32 tensors of the codec's shapes.
 
-        An element is the weighted mean over its span's contributors (an absent coefficient counts as 0);
-        chunks in no aggregate are 0. Sums run in contributor order: without a transform the result is
-        bit-identical on every machine, for any number of threads, and for unions also for any division into
-        spans.
+        An element is the weighted mean over its span's contributors (an absent coefficient counts as 0); chunks in no
+        aggregate are 0. Sums run in contributor order: without a transform the result is bit-identical on every
+        machine, for any number of threads, and for unions also for any division into spans.
+        out: contiguous fp32 CPU tensors to write into, such as an earlier result; saves the time of new memory.
         """
-        outputs = [torch.zeros(shape) for _, shape in self.shapes]
+        outputs = self._outputs(out)
         covered: list[tuple[int, int]] = []
         for data in aggregates:
             head, body = wire.open_header(data, (wire.UNION, wire.RECOMPRESSED))
@@ -201,7 +201,28 @@ class Codec:
             opened = [self._open(section)[1] for section in bodies]
             weighted = list(zip(agg.normalized(contributors), opened, strict=True))
             self._decode(self._format, weighted, outputs)
+        if sum(count for _, count in covered) < self.num_chunks:
+            self._clear(covered, outputs)
         return outputs
+
+    def _outputs(self, out: Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
+        if out is None:
+            # One array: numpy asks the system for huge pages then, which are far quicker to come by than small ones.
+            flat = torch.from_numpy(np.empty(self.num_params, np.float32))
+            return [t.view(s) for t, (_, s) in zip(flat.split(list(self.layout.numels)), self.shapes, strict=True)]
+        self._check_shapes(out)
+        for (name, _), tensor in zip(self.shapes, out, strict=True):
+            if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+                raise CompressionError(f"output {name!r} must be contiguous fp32 on the CPU")
+        return list(out)
+
+    def _clear(self, covered: list[tuple[int, int]], outputs: list[torch.Tensor]) -> None:
+        """Set the chunks that no aggregate covers to 0."""
+        rest = np.ones(self.num_chunks, bool)
+        for first, count in covered:
+            rest[first : first + count] = False
+        for chunk in np.flatnonzero(rest).tolist():
+            self.layout.view(outputs[int(self.layout.tensor[chunk])], chunk).zero_()
 
     def _numel(self, first_chunk: int, num_chunks: int) -> int:
         offset = self.layout.offset
@@ -217,58 +238,19 @@ class Codec:
     def _check_body(self, fmt: SectionFormat, body: memoryview, first_chunk: int, num_chunks: int) -> None:
         section = fmt.parse(body, first_chunk, num_chunks)
         self.kernel.check(fmt, section)
-        decode_dense(
-            section.dense, fmt.dense_bits, *self._dense_blocks(section.first_dense, section.end_dense)
-        )
-
-    def _dense_blocks(self, first: int, end: int) -> tuple[np.ndarray, int]:
-        """(start of each dense block from the first, number of elements)."""
-        offset = self.layout.offset
-        return offset[first:end] - offset[first], int(offset[end] - offset[first])
-
-    def _gather_dense(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        small = [t for t, n in zip(tensors, self.layout.numels, strict=True) if 0 < n < self.spec.chunk]
-        flat = [t.detach().to(device="cpu", dtype=torch.float32).reshape(-1) for t in small]
-        return torch.cat(flat) if flat else torch.zeros(0)
-
-    def _send_dense(self, values: torch.Tensor, first: int, end: int) -> bytes:
-        """Bytes of dense chunks; subtracts what they hold from `values`, in place."""
-        starts, count = self._dense_blocks(first, end)
-        data = encode_dense(values.numpy(), self.spec.dense_bits, starts)
-        values -= torch.from_numpy(
-            decode_dense(np.frombuffer(data, np.uint8), self.spec.dense_bits, starts, count)
-        )
-        return data
+        self._dense.check(section)
 
     def _add(self, fmt: SectionFormat, section: Section, weight: float, out: torch.Tensor) -> None:
-        starts, count = self._dense_blocks(section.first_dense, section.end_dense)
-        sparse = out[: len(out) - count]
-        if len(sparse):
-            self.kernel.add(fmt, section, weight, sparse)
-        dense = torch.from_numpy(decode_dense(section.dense, fmt.dense_bits, starts, count))
-        out[len(sparse) :] += dense * np.float32(weight).item()
+        offset = self.layout.offset
+        cut = len(out) - int(offset[section.end_dense] - offset[section.first_dense])
+        if cut:
+            self.kernel.add(fmt, section, weight, out[:cut])
+        self._dense.add(section, weight, out[cut:])
 
-    def _decode(
-        self, fmt: SectionFormat, sections: list[tuple[float, Section]], outputs: list[torch.Tensor]
-    ) -> None:
-        whole = sections[0][1]
-        if whole.first_group < whole.end_group:
+    def _decode(self, fmt: SectionFormat, sections: list[tuple[float, Section]], outputs: list[torch.Tensor]) -> None:
+        if sections[0][1].first_group < sections[0][1].end_group:
             self.kernel.decode(fmt, sections, outputs, self.spec.transform)
-        starts, count = self._dense_blocks(whole.first_dense, whole.end_dense)
-        if not count:
-            return
-        sums = torch.zeros(count)
-        for weight, section in sections:
-            dense = torch.from_numpy(decode_dense(section.dense, fmt.dense_bits, starts, count))
-            sums += dense * np.float32(weight).item()
-        layout = self.layout
-        for chunk in range(whole.first_dense, whole.end_dense):
-            size, start, at = (
-                int(layout.size[chunk]),
-                int(layout.start[chunk]),
-                int(starts[chunk - whole.first_dense]),
-            )
-            outputs[int(layout.tensor[chunk])].view(-1)[start : start + size] = sums[at : at + size]
+        self._dense.decode(sections, outputs)
 
     def _check_feedback(self, feedback: torch.Tensor) -> None:
         if feedback.shape != (self.feedback_numel,) or feedback.dtype != torch.float32:
@@ -277,12 +259,16 @@ class Codec:
                 f"{feedback.dtype} {list(feedback.shape)}"
             )
 
-    def _check_sources(self, tensors: Sequence[torch.Tensor]) -> None:
+    def _check_shapes(self, tensors: Sequence[torch.Tensor]) -> None:
         if len(tensors) != len(self.shapes):
             raise CompressionError(f"{len(tensors)} tensors given, the codec was made for {len(self.shapes)}")
         for (name, shape), tensor in zip(self.shapes, tensors, strict=True):
             if tuple(tensor.shape) != shape:
                 raise CompressionError(f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {shape}")
+
+    def _check_sources(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._check_shapes(tensors)
+        for (name, _), tensor in zip(self.shapes, tensors, strict=True):
             if not tensor.is_floating_point():
                 raise CompressionError(f"tensor {name!r} is {tensor.dtype}, expected a float type")
             # A sum is finite only if every term is; it may overflow without a culprit, so look again before

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from dtrain.compression.errors import CompressionError
 from dtrain.compression.spec import BLOCK_SIDE, CodecSpec
@@ -71,6 +72,14 @@ class Layout:
     def elements(self, first_chunk: int, num_chunks: int) -> slice:
         """Where these chunks lie in the error feedback."""
         return slice(int(self.offset[first_chunk]), int(self.offset[first_chunk + num_chunks]))
+
+    def view(self, tensor: torch.Tensor, chunk: int) -> torch.Tensor:
+        """One chunk of its (contiguous) tensor as a view: [64, 64] for a block, else [size]."""
+        start, stride, size = int(self.start[chunk]), int(self.stride[chunk]), int(self.size[chunk])
+        if stride == BLOCK_SIDE:
+            return tensor.reshape(-1)[start : start + size]
+        row, column = divmod(start, stride)
+        return tensor.reshape(-1, stride)[row : row + BLOCK_SIDE, column : column + BLOCK_SIDE]
 
     def is_boundary(self, chunk: int) -> bool:
         """Whether a span may begin or end before this chunk id."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dtrain.compression.bits import MAX_RICE
-from dtrain.compression.dense import dense_bytes, slice_dense
+from dtrain.compression.dense import SCALE_BYTES
 from dtrain.compression.errors import PayloadError
 from dtrain.compression.layout import Layout
 
@@ -73,12 +73,17 @@ class SectionFormat:
         per_chunk = 1 if self.value_bits == 1 else 2
         return np.asarray(2 + per_chunk * num_chunks + (kept * self.value_bits + 7) // 8, dtype=np.int64)
 
+    def _dense_bytes(self, first: int, end: int) -> int:
+        """Bytes that dense chunks first to end (ids) take."""
+        elements = int(self.layout.offset[end] - self.layout.offset[first])
+        return elements * self.dense_bits // 8 + SCALE_BYTES[self.dense_bits] * (end - first)
+
     def max_bytes(self, first_chunk: int, num_chunks: int) -> int:
         """Bytes that the body of no well-coded section of this range exceeds."""
         first_group, end_group, first_dense, end_dense = self.layout.split(first_chunk, num_chunks)
         groups = int(self.group_bounds[first_group:end_group].sum())
         table = self.table_dtype.itemsize * (end_group - first_group)
-        return table + groups + dense_bytes(self.layout, first_dense, end_dense, self.dense_bits)
+        return table + groups + self._dense_bytes(first_dense, end_dense)
 
     def parse(self, body: memoryview | bytes, first_chunk: int, num_chunks: int) -> Section:
         """Find the groups of a body that covers this range (which must be a valid one).
@@ -89,7 +94,7 @@ class SectionFormat:
         num_groups = end_group - first_group
         data = np.frombuffer(body, np.uint8)
         table_bytes = num_groups * self.table_dtype.itemsize
-        dense_part = dense_bytes(self.layout, first_dense, end_dense, self.dense_bits)
+        dense_part = self._dense_bytes(first_dense, end_dense)
         if len(data) < table_bytes + dense_part:
             raise PayloadError(
                 "bad-length", f"a body of {len(data)} bytes is too short for {num_chunks} chunks"
@@ -113,8 +118,14 @@ class SectionFormat:
         first_group, end_group, first_dense, end_dense = self.layout.split(first_chunk, num_chunks)
         bounds = section.bounds[first_group - section.first_group : end_group - section.first_group + 1]
         groups = section.data[bounds[0] : bounds[-1]].tobytes()
-        whole = (section.first_dense, section.end_dense)
-        dense = slice_dense(self.layout, self.dense_bits, section.dense, whole, (first_dense, end_dense))
+        width, offset = SCALE_BYTES[self.dense_bits], self.layout.offset
+        before, chunks = first_dense - section.first_dense, end_dense - first_dense
+        scales = section.dense[width * before : width * (before + chunks)]
+        elements = section.dense[width * (section.end_dense - section.first_dense) :]
+        begin, end = (
+            int(offset[chunk] - offset[section.first_dense]) * self.dense_bits // 8 for chunk in (first_dense, end_dense)
+        )
+        dense = b"".join([scales.tobytes(), elements[begin:end].tobytes()])
         return self.join(np.diff(bounds), [groups], dense)
 
     def nominal_bits(self) -> Ints:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,7 +49,7 @@ class PeerView:
 
     peer_id: str
     status: Mapping[str, Any]
-    fresh_for_s: float
+    age_s: float
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class DhtExchange:
         self._status: dict[str, Any] | None = None
         self._run: dict[str, Any] = {}
         self._closing = threading.Event()
+        self._heartbeat_ttl_s = 0.0
         self.peer_id = ""
         self.addresses: list[str] = []
         self.process = NetworkProcess(self._hear, self._reply)
@@ -146,6 +147,7 @@ class DhtExchange:
             "heartbeat_ttl_s": heartbeat_ttl_s,
             "worker_pid": os.getpid(),
         }
+        self._heartbeat_ttl_s = heartbeat_ttl_s
         self._round_limit_s = 2 * matchmaking_s + 2 * round_timeout_s + 2 * sender_timeout_s + 60.0
         self.process.command("open_run", **self._run)
         self.process.set_up = self._come_back
@@ -201,7 +203,8 @@ class DhtExchange:
     def swarm(self) -> Sequence[PeerView]:
         heard, views = self._swarm
         passed = time.monotonic() - heard
-        return [view for view in views if view.fresh_for_s > passed]
+        aged = [replace(view, age_s=view.age_s + passed) for view in views]
+        return [view for view in aged if view.age_s < self._heartbeat_ttl_s]
 
     def run_round(self, *, round: int, base_digest: bytes, payload: bytes, weight: float) -> Outcome:
         contribution = {

@@ -42,7 +42,7 @@ class Heartbeats:
 
     def __init__(self, node: DHTNode, prefix: str, *, ttl_s: float, poll_s: float):
         self._node, self._key = node, f"{prefix}.workers"
-        self._ttl_s, self._poll_s = ttl_s, poll_s
+        self.ttl_s, self._poll_s = ttl_s, poll_s
         self._own_id = node.peer_id.to_bytes()
         self._others: dict[str, PeerRecord] = {}
         self.status: dict[str, Any] = {"round": 0, "digest": "", "state": "joining", "work": 0.0}
@@ -53,7 +53,7 @@ class Heartbeats:
         await self._node.store(
             self._key,
             pack_status(status),
-            expiration_time=get_dht_time() + self._ttl_s,
+            expiration_time=get_dht_time() + self.ttl_s,
             subkey=self._own_id,
         )
 

@@ -50,7 +50,9 @@ def decode(text: str) -> Invite:
     except Exception:  # msgpack raises half a dozen types
         raise InviteError("the invite cannot be read; ask for a new one") from None
     if version != _VERSION:
-        raise InviteError(f"the invite has version {version!r:.20}; this dtrain reads {_VERSION}: upgrade dtrain")
+        raise InviteError(
+            f"the invite has version {version!r:.20}; this dtrain reads {_VERSION}: upgrade dtrain"
+        )
     run_id, manifest_hash, organizer, addresses = fields if len(fields) == 4 else (None,) * 4
     fits = (
         isinstance(run_id, str)

@@ -248,8 +248,8 @@ class NetworkPeer:
             await asyncio.sleep(SHOW_PERIOD_S)
 
     def _show_swarm(self) -> None:
-        now = get_dht_time()
-        peers = [[r.peer_id, dict(r.status), r.expires - now] for r in self._heartbeats.others()]
+        now, others = get_dht_time(), self._heartbeats.others()
+        peers = [[r.peer_id, dict(r.status), self._heartbeats.ttl_s - (r.expires - now)] for r in others]
         self._send({"event": "swarm", "peers": peers, "traffic": [self._traffic.up, self._traffic.down]})
 
     async def _clean_up(self) -> None:

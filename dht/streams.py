@@ -176,7 +176,9 @@ async def answer(
         header, blob = {"refused": "internal error"}, b""
     for message in messages(header, blob):
         yield message
-    if stalled:  # the read that was given up has closed `requests`: only a hang-up, which cancels us, is heard
+    if (
+        stalled
+    ):  # the read that was given up has closed `requests`: only a hang-up, which cancels us, is heard
         await asyncio.sleep(ACKNOWLEDGE_S)
     else:
         await _until_acknowledged(requests)

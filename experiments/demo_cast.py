@@ -175,9 +175,8 @@ class Cast:
             if view.joined_from and not member.ready_s:
                 member.ready_s = time.monotonic() - process.started
                 if member.late:
-                    self.tell(
-                        f"{member.name} is in, {ORIGINS[view.joined_from]}, {member.ready_s:.0f} s later"
-                    )
+                    origin = ORIGINS[view.joined_from]
+                    self.tell(f"{member.name} is in {origin}, {member.ready_s:.0f} s after its start")
             code = process.exit_code
             if member.fate == ALIVE and code is not None:
                 member.fate = FINISHED if code == 0 else FAILED

@@ -79,6 +79,7 @@ class WorkerView:
         elif kind == "step":
             self.step, self.inner_steps, self.loss = event["step"], event["inner_steps"], event["loss"]
             self.tokens_per_s, self.tokens = event["tokens_per_s"], event["tokens"]
+            self.last_round = event["round"]
         elif kind == "round":
             self._take_round(event)
         elif kind == "eval":

@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
-from dtrain.trainer.checkpoint import Checkpoint, unpack
+from dtrain.trainer.checkpoint import unpack
 from dtrain.trainer.errors import CheckpointError
-from dtrain.trainer.exchange import Exchange, PeerView
-from dtrain.trainer.outer import OuterState
+from dtrain.trainer.exchange import Exchange, PeerView, work_of
+from dtrain.trainer.outer_loop import OuterLoop
 
 REPLAY_AT_MOST = 64  # rounds; beyond that theta itself is the smaller download
 PAUSE_S = 0.5
 PATIENCE_S = 120.0  # after this long without any donor we go on with what we have
 
-
-class Follower(Protocol):
-    """What catching up needs of a worker."""
-
-    exchange: Exchange
-    outer: OuterState
-
-    def outer_step(self, aggregates: Sequence[bytes]) -> int: ...
-
-    def replace_state(self, state: Checkpoint) -> None: ...
+Say = Callable[[str], None]
 
 
-def catch_up(worker: Follower, say: Callable[[str], None]) -> bool:
+def catch_up(outer: OuterLoop, exchange: Exchange, say: Say) -> bool:
     """Bring theta to where the others stand; True if anything had to be fetched.
 
     Of two histories the one with more work (tokens) in it is the run's. Missed rounds are fetched and replayed where
     they continue our own theta; otherwise theta is downloaded. Returns when nobody visible is ahead.
     """
     fetched, until = False, time.monotonic() + PATIENCE_S
-    while (best := _ahead(worker)) and time.monotonic() < until:
-        if _replay(worker, best) or _download(worker, say):
+    while (best := _ahead(outer, exchange)) and time.monotonic() < until:
+        if _replay(outer, exchange, best) or _download(outer, exchange, say):
             fetched = True
         else:
             time.sleep(
@@ -44,31 +34,31 @@ def catch_up(worker: Follower, say: Callable[[str], None]) -> bool:
     return fetched
 
 
-def _ahead(worker: Follower) -> PeerView | None:
+def _ahead(outer: OuterLoop, exchange: Exchange) -> PeerView | None:
     """The visible peer with the most work, if that is not us or our equal."""
-    digest, work = worker.outer.digest().hex(), worker.outer.tokens
-    views = [view for view in worker.exchange.swarm() if view.status["state"] != "joining"]
-    best = max(views, key=_work, default=None)
-    if best is None or _work(best) < work or best.status["digest"] == digest:
+    digest = outer.digest.hex()
+    views = [view for view in exchange.swarm() if view.status["state"] != "joining"]
+    best = min(views, key=lambda view: (-work_of(view), str(view.status["digest"])), default=None)
+    if best is None or work_of(best) < outer.tokens or best.status["digest"] == digest:
         return None
-    if _work(best) == work:  # two thetas, equal work: everybody settles on the smaller digest
+    if work_of(best) == outer.tokens:  # two thetas, equal work: everybody settles on the smaller digest
         return best if str(best.status["digest"]) < digest else None
     return best
 
 
-def _replay(worker: Follower, best: PeerView) -> bool:
+def _replay(outer: OuterLoop, exchange: Exchange, best: PeerView) -> bool:
     """Apply the next missed round, if somebody has it and it continues our theta."""
-    missed = int(str(best.status["round"])) - worker.outer.round
+    missed = int(str(best.status["round"])) - outer.round
     if not 0 < missed <= REPLAY_AT_MOST:
         return False
-    outcome = worker.exchange.fetch_round(worker.outer.round)
-    if outcome is None or outcome.base_digest != worker.outer.digest():
+    outcome = exchange.fetch_round(outer.round)
+    if outcome is None or outcome.base_digest != outer.digest:
         return False
-    worker.outer_step(outcome.aggregates)
+    outer.step(outcome.aggregates)
     return True
 
 
-def _download(worker: Follower, say: Callable[[str], None]) -> bool:
+def _download(outer: OuterLoop, exchange: Exchange, say: Say) -> bool:
     shown = [-1.0]
 
     def progress(have: int, total: int) -> None:
@@ -76,8 +66,8 @@ def _download(worker: Follower, say: Callable[[str], None]) -> bool:
             shown[0] = time.monotonic()
             say(f"Downloading the run's weights: {have / 1e6:.1f} of {total / 1e6:.1f} MB.")
 
-    state = worker.exchange.fetch_state(progress)
-    if state is None or state.work < worker.outer.tokens:
+    state = exchange.fetch_state(progress)
+    if state is None or state.work < outer.tokens:
         return False
     try:
         checkpoint = unpack(state.blob)
@@ -86,9 +76,5 @@ def _download(worker: Follower, say: Callable[[str], None]) -> bool:
         return False
     if checkpoint.digest != state.digest:
         return False
-    worker.replace_state(checkpoint)
+    outer.replace(checkpoint)
     return True
-
-
-def _work(view: PeerView) -> float:
-    return float(str(view.status.get("work", 0)))

@@ -26,6 +26,8 @@ SHARED_FLAGS = {
     "lr": "train.lr",
     "seed": "train.seed",
     "start_workers": "exchange.start_workers",
+    "overlap": "exchange.overlap",
+    "round_tokens": "exchange.round_tokens",
     "matchmaking_s": "exchange.matchmaking_s",
 }
 

@@ -61,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--rounds", type=int, default=0, help="leave after the run's round N; 0 = go on until Ctrl-C"
     )
+    machine.add_argument(
+        "--max-tokens-per-s", type=float, default=0.0, help="train no faster than this; 0 = no limit"
+    )
     machine.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations; 0 = never")
     machine.add_argument("--checkpoint-every", type=int, default=5, help="rounds between checkpoints")
     machine.add_argument("--keep-checkpoints", type=int, default=3, help="checkpoints that stay on disk")
@@ -74,6 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_argument("--lr", type=float, help="learning rate of the inner steps")
     shared.add_argument("--seed", type=int, help="seed of the first weights and of the data")
     shared.add_argument("--start-workers", type=int, help="workers that must be there before round 1 begins")
+    shared.add_argument("--overlap", help="eager: exchange while training goes on; none: take turns")
+    shared.add_argument(
+        "--round-tokens", type=int, help="a round ends when all have trained so many; 0 = fixed steps"
+    )
     shared.add_argument("--matchmaking-s", type=float, help="longest wait for missing workers, in seconds")
 
 
@@ -182,6 +189,7 @@ def _build(
         folder=folder,
         device=args.device,
         threads=args.threads,
+        max_tokens_per_s=args.max_tokens_per_s,
         data=args.data,
         max_rounds=args.rounds,
         eval_every=args.eval_every,

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, get_type_hints
 
 from dtrain.trainer.errors import UsageError
 
+OVERLAPS = ("none", "eager")
 DATA_SOURCES = ("stdlib", "file")
 TOKENIZERS = {"bytes": 256}
 """Tokenizer name -> size of its vocabulary."""
@@ -19,6 +20,8 @@ FLAGS = {
     "model.preset": "--preset",
     "train.inner_steps": "--inner-steps",
     "exchange.start_workers": "--start-workers",
+    "exchange.overlap": "--overlap",
+    "exchange.round_tokens": "--round-tokens",
     "data.name": "--data",
 }
 """Command-line flags of the keys that have one; error lines name both."""
@@ -206,12 +209,23 @@ class ExchangeConfig:
     """Seconds between two heartbeats of a worker."""
     heartbeat_ttl_s: float = 10.0
     """Age at which a heartbeat counts no more and its worker as gone, in seconds."""
+    overlap: str = "none"
+    """"none": train, exchange, train. "eager": exchange under the next round's inner steps; every worker applies its
+    own delta at once and swaps the average in one round late (arXiv 2502.12996)."""
+    round_tokens: int = 0
+    """A round ends when all workers together have trained this many tokens; 0 = after train.inner_steps steps each."""
+    round_deadline_s: float = 600.0
+    """With round_tokens: a round's inner steps end after this many seconds at the latest."""
     exact_up_to: int = 4
     """Groups of up to this many workers exchange the exact union; larger ones compress each sum again."""
 
     def __post_init__(self) -> None:
         settle_types(self, self.SECTION)
         require(self.start_workers >= 1, "exchange.start_workers", "be at least 1", self.start_workers)
+        require(
+            self.overlap in OVERLAPS, "exchange.overlap", f"be one of {', '.join(OVERLAPS)}", self.overlap
+        )
+        require(self.round_tokens >= 0, "exchange.round_tokens", "be at least 0", self.round_tokens)
         require(self.exact_up_to >= 0, "exchange.exact_up_to", "be at least 0", self.exact_up_to)
         for name in (field.name for field in fields(self) if field.name.endswith("_s")):
             require(getattr(self, name) > 0, f"exchange.{name}", "be above 0 seconds", getattr(self, name))

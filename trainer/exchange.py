@@ -79,6 +79,16 @@ class PeerView(Protocol):
     def status(self) -> Mapping[str, object]:
         """What the peer passed to `announce`."""
 
+    @property
+    def age_s(self) -> float:
+        """Seconds since the peer said so."""
+
+
+def work_of(view: PeerView) -> float:
+    """Tokens in the history of a peer's theta; of two histories the one with more work is the run's."""
+    work = view.status.get("work", 0)
+    return float(work) if isinstance(work, (int, float)) else 0.0
+
 
 class State(Protocol):
     """Everything a newcomer needs to stand where its donor stands."""

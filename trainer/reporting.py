@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from dtrain.trainer.exchange import Exchange, Outcome
 from dtrain.trainer.metrics import MetricsLog
-from dtrain.trainer.outer import OuterState
+from dtrain.trainer.outer_loop import OuterLoop
+from dtrain.trainer.pacing import Pace, Pacer
 
 STEP_PERIOD_S = 0.5  # at most one step event and one heartbeat per this time
 
 Say = Callable[[str], None]
+
+
+class Trained(Protocol):
+    """What the report of a round says of its inner steps."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def loss(self) -> float: ...
 
 
 @dataclass
@@ -23,13 +36,15 @@ class Reporter:
     device: str
     metrics: MetricsLog
     exchange: Exchange
-    outer: OuterState
+    outer: OuterLoop
     say: Say
     started: float = field(default_factory=time.time)
     tokens: int = 0  # trained by this worker, all its life
-    digest: bytes = b""
     _state: str = "starting"
-    _rate: float = 0.0
+    _pace: Pace = field(default_factory=lambda: Pace(0, time.monotonic()))
+    _first_round_began: float = 0.0
+    _compute_s: float = 0.0
+    _remaining_s: float = 0.0
     _loss: float = 0.0
     _last_step: float = 0.0
     _first_step_done: bool = False
@@ -47,13 +62,17 @@ class Reporter:
         self.exchange.announce(
             {
                 "round": self.outer.round,
-                "digest": self.digest.hex(),
+                "digest": self.outer.digest.hex(),
                 "work": float(self.outer.tokens),
                 "state": self._state,
                 "name": self.name,
                 "device": self.device,
                 "tokens": self.tokens,
-                "tokens_per_s": round(self._rate, 1),
+                "tokens_per_s": round(self._pace.tokens_per_s, 1),
+                "training_round": self._pace.round,
+                "round_tokens": self._pace.tokens,
+                "round_ends_in_s": round(self._remaining_s, 1),
+                "compute_share": round(self.compute_share, 4),
                 "loss": round(self._loss, 4),
             }
         )
@@ -72,36 +91,63 @@ class Reporter:
         self.metrics.write("resync", round=self.outer.round, reason=reason)
         self.say(f"Back with the others: {reason}.")
 
-    def step(
-        self, step: int, inner_steps: int, loss: Callable[[], float], new_tokens: int, rate: float
-    ) -> None:
+    def begin_round(self, number: int) -> Pace:
+        """A round's inner steps begin."""
+        self._pace = Pace(number, time.monotonic())
+        self._first_round_began = self._first_round_began or self._pace.began
+        self.state("training")
+        return self._pace
+
+    def step(self, pace: Pace, loss: Callable[[], float], new_tokens: int, pacer: Pacer) -> None:
         """One inner step is done; `loss()` is asked only when something is written, as it waits for the device."""
+        pace.steps += 1
+        pace.tokens += new_tokens
         self.tokens += new_tokens
-        self._rate = rate
         if not self._first_step_done:
             self._first_step_done = True
             seconds = time.time() - self.started
             self.metrics.write("first_step", seconds=round(seconds, 3))
             self.say(f"Training: first step {seconds:.1f} s after the command.")
         now = time.monotonic()
-        if now - self._last_step < STEP_PERIOD_S and step < inner_steps:
+        if now - self._last_step < STEP_PERIOD_S and pace.steps > 1:
             return
         self._last_step = now
         self._loss = loss()
+        self._remaining_s = pacer.remaining_s(pace)
         self.metrics.write(
             "step",
-            round=self.outer.round,
-            step=step,
-            inner_steps=inner_steps,
+            round=pace.round,
+            step=pace.steps,
+            inner_steps=pacer.inner_steps,
             loss=round(self._loss, 4),
-            tokens_per_s=round(rate, 1),
+            tokens_per_s=round(pace.tokens_per_s, 1),
             tokens=self.tokens,
+            round_ends_in_s=round(self._remaining_s, 1),
         )
+        if not pacer.is_fixed:
+            self.announce()  # the others' rounds end by what we say
 
-    def round_done(
-        self, outcome: Outcome, *, loss: float, own_tokens: int, all_tokens: int, payload_bytes: int
-    ) -> None:
-        """A round is applied; `outer` and `digest` are the new ones."""
+    def end_training(self, pace: Pace) -> None:
+        """A round's inner steps are done."""
+        self._compute_s += time.monotonic() - pace.began
+
+    @property
+    def compute_share(self) -> float:
+        """Share of the time since the first round's beginning that went into inner steps."""
+        if not self._first_round_began:
+            return 0.0
+        return min(1.0, self._compute_s / max(1e-9, time.monotonic() - self._first_round_began))
+
+    def waiting_for(self, outcome: Future[Outcome]) -> Outcome:
+        """Wait for the exchange; if it makes us wait, that is a state of its own."""
+        if not outcome.done():
+            self.state("exchanging")
+        return outcome.result()
+
+    def round_done(self, outcome: Outcome, training: Trained, all_tokens: int, payload_bytes: int) -> None:
+        """A round is applied; `outer` is the new one."""
+        loss, own_tokens = training.loss, training.tokens
+        self.announce()
         included = self.exchange.peer_id in outcome.contributors
         up, down = self.exchange.traffic()
         self.metrics.write(
@@ -117,7 +163,8 @@ class Reporter:
             bytes_down=down,
             wait_s=round(outcome.wait_s, 3),
             exchange_s=round(outcome.exchange_s, 3),
-            digest=self.digest.hex(),
+            compute_share=round(self.compute_share, 4),
+            digest=self.outer.digest.hex(),
             problem=outcome.problem,
         )
         share = 100.0 * own_tokens / all_tokens if included and all_tokens else 0.0
@@ -138,7 +185,7 @@ class Reporter:
 
     def stopped(self, reason: str) -> None:
         self.metrics.write(
-            "stop", reason=reason, round=self.outer.round, tokens=self.tokens, digest=self.digest.hex()
+            "stop", reason=reason, round=self.outer.round, tokens=self.tokens, digest=self.outer.digest.hex()
         )
         self.say(
             f"Stopped ({reason}) after {self.outer.round} rounds; {self.tokens:,} tokens of yours are in the run."

@@ -27,6 +27,8 @@ class MachineSettings:
     """"auto" takes CUDA, else Apple's MPS, else the CPU; or "cpu", "cuda", "cuda:1", "mps"."""
     threads: int = 0
     """CPU threads for training; 0 = all cores but one, so that the machine stays usable."""
+    max_tokens_per_s: float = 0.0
+    """Train no faster than this, to keep the machine cool; 0 = no limit."""
     data: Path | None = None
     """The text file to train on, where the run uses one."""
     max_rounds: int = 0
@@ -49,6 +51,7 @@ class MachineSettings:
                 f"there is no device (--device) {self.device!r}: choose one of {', '.join(DEVICES)}"
             )
         for field, flag, least in (
+            ("max_tokens_per_s", "--max-tokens-per-s", 0),
             ("threads", "--threads", 0),
             ("max_rounds", "--rounds", 0),
             ("eval_every", "--eval-every", 0),

@@ -8,23 +8,26 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dtrain.compression.codec import Codec
 from dtrain.trainer.catchup import catch_up
-from dtrain.trainer.checkpoint import Checkpoint, CheckpointStore, pack
+from dtrain.trainer.checkpoint import CheckpointStore
 from dtrain.trainer.data import open_corpus
 from dtrain.trainer.errors import RunError
-from dtrain.trainer.exchange import ABSENT, ALONE, DONE, NO_GROUP, Exchange, Outcome
+from dtrain.trainer.exchange import ABSENT, ALONE, DONE, NO_GROUP, Exchange, Outcome, work_of
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.inner import InnerLoop, evaluate
 from dtrain.trainer.manifest import Manifest
 from dtrain.trainer.metrics import MetricsLog
 from dtrain.trainer.model import GPT
-from dtrain.trainer.outer import OuterState
+from dtrain.trainer.outer_loop import OuterLoop, named, part
+from dtrain.trainer.pacing import Pace, Pacer
 from dtrain.trainer.reporting import Reporter, Say
 from dtrain.trainer.settings import MachineSettings, resolve_device
 from dtrain.trainer.strategies import make_strategy
@@ -37,22 +40,23 @@ FINISH_S = 20.0  # longest stay after our last round for workers that still need
 class Training:
     """What one round's inner steps gave."""
 
+    round: int
     tokens: int
     loss: float
 
 
 @dataclass(frozen=True)
-class SharedState:
-    """What newcomers get from us; see `exchange.State`."""
+class Delivery:
+    """A payload that is under way, and where the local weights stood when it left."""
 
-    round: int
-    work: float
-    digest: bytes
-    blob: bytes
+    payload: bytes
+    training: Training
+    base: Tensor  # [num_params] on the model's device
+    outcome: Future[Outcome]
 
 
 class Worker:
-    """Trains one run on one machine. `prepare` first, then `run` once the exchange has opened the run."""
+    """Trains one run on one machine."""
 
     def __init__(
         self, manifest: Manifest, settings: MachineSettings, exchange: Exchange, metrics: MetricsLog, say: Say
@@ -63,38 +67,42 @@ class Worker:
         torch.manual_seed(manifest.train.seed)
         self.model = GPT(manifest.model, seed=manifest.train.seed).to(device)
         self.local = FlatParameters(self.model)
-        self.outer = OuterState(self.local.flat.detach().cpu().clone())
-        self.theta = self.local.views(self.outer.theta_flat)
         self.codec = Codec(manifest.codec, self.local.shapes)
         self.strategy = make_strategy(manifest, self.codec)
+        self.outer = OuterLoop(manifest, self.local, self.codec, self.strategy)
         self.inner = InnerLoop(self.model, manifest.train)
         self.corpus = open_corpus(manifest.data, settings.data)
         self.store = CheckpointStore(settings.folder / "checkpoints", settings.keep_checkpoints)
+        self.pacer = Pacer(manifest, exchange)
         self.report = Reporter(settings.name, str(device), metrics, exchange, self.outer, say)
-        self._stop_asked = threading.Event()
+        self._overlaps = manifest.exchange.overlap == "eager"
+        self._courier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="courier")
+        self._delivery: Delivery | None = None
+        self._stop = threading.Event()
         self._stop_reason = "all rounds done"
-        self._state_lock = threading.Lock()  # theta and its round change together
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end after the inner step or the exchange that is under way. Safe from any thread."""
         self._stop_reason = reason
-        self._stop_asked.set()
+        self._stop.set()
 
     @property
     def stop_asked(self) -> bool:
-        return self._stop_asked.is_set()
+        return self._stop.is_set()
 
     def run(self) -> None:
         """Join the run, train round after round, leave."""
         self._join()
         while not self._is_over():
             training = self._train()
-            if not training.tokens:
+            self._settle()  # with overlap: the exchange of the round before ends here, under this round's steps
+            if self._stop.is_set():
+                self._set_aside()
                 break
-            payload = self._encode()
-            outcome = self._exchange(payload, training)
-            self._apply(outcome, payload, training)
-            self._keep(outcome)
+            self._deliver(self._encode(training), training)
+            if not self._overlaps:
+                self._settle()
+        self._settle()
         self._leave()
 
     # ------------------------------------------------------------------ joining
@@ -104,13 +112,16 @@ class Worker:
         self.report.state("joining")
         checkpoint = self.store.newest(self.manifest.hash)
         if checkpoint is not None:
-            self._restore(checkpoint)
+            self.outer.replace(checkpoint)
+            self.strategy.load_state_dict(part(checkpoint.tensors, "strategy"))
+            self.inner.load_state_dict(part(checkpoint.tensors, "inner"))
+            self.report.tokens = int(checkpoint.extra.get("own_tokens", 0))
             source = "checkpoint"
-        self._stands_at(self.outer.round, self.outer.tokens)
-        self.exchange.serve_state(self._shared_state)
-        if catch_up(self, self.report.say):
+        self.report.announce()
+        self.exchange.serve_state(self.outer.shared_state)
+        if catch_up(self.outer, self.exchange, self.report.say):
             source = "peers"
-        self.local.flat.copy_(self.outer.theta_flat)
+        self.local.flat.copy_(self.outer.state.theta_flat)
         self.report.joined(source, began)
         self.report.state("waiting")
         if self.settings.eval_every:
@@ -120,9 +131,10 @@ class Worker:
     def _wait_for_start(self) -> None:
         """Round 0 begins when the manifest's number of workers is there."""
         wanted, said = self.manifest.exchange.start_workers, -1
-        while self.outer.round == 0 and not self._stop_asked.is_set():
-            here = 1 + sum(view.status["state"] not in ABSENT for view in self.exchange.swarm())
-            if here >= wanted or any(int(str(view.status["round"])) > 0 for view in self.exchange.swarm()):
+        while self.outer.round == 0 and not self._stop.is_set():
+            others = self.exchange.swarm()
+            here = 1 + sum(view.status["state"] not in ABSENT for view in others)
+            if here >= wanted or any(work_of(view) > 0 for view in others):
                 return
             if here != said:
                 self.report.say(f"Waiting for workers: {here} of {wanted} are here.")
@@ -132,175 +144,146 @@ class Worker:
     # ------------------------------------------------------------------ one round, stage by stage
 
     def _train(self) -> Training:
-        """Inner steps on this worker's part of the data, from theta."""
-        self.report.state("training")
+        """Inner steps on this worker's part of the data, until the round is over for it."""
+        round = self.outer.round + (self._delivery is not None)
+        pace = self.report.begin_round(round)
+        losses = []
+        for x, y in self._batches(round):
+            if self._stop.is_set() or self.pacer.is_over(pace):
+                break
+            losses.append(self.inner.step(x, y, round * self.manifest.train.inner_steps + pace.steps))
+            self._hold_back(pace, y.numel())
+            self.report.step(pace, losses[-1].item, y.numel(), self.pacer)
+        loss = float(torch.stack(losses).mean()) if losses else 0.0
+        self.report.end_training(pace)
+        return Training(round, pace.tokens, loss)
+
+    def _batches(self, round: int) -> Iterator[tuple[Tensor, Tensor]]:
         config = self.manifest.train
-        batches = self.corpus.batches(
+        return self.corpus.batches(
             seed=config.seed,
             run_id=self.manifest.run_id,
-            round=self.outer.round,
+            round=round,
             peer_id=self.exchange.peer_id,
             batch_size=config.batch_size,
             seq_len=config.seq_len,
         )
-        began, tokens, losses = time.monotonic(), 0, []
-        for step in range(config.inner_steps):
-            if self._stop_asked.is_set():
-                break
-            x, y = next(batches)
-            loss = self.inner.step(x, y, self.outer.round * config.inner_steps + step)
-            losses.append(loss)
-            tokens += y.numel()
-            rate = tokens / (time.monotonic() - began)
-            self.report.step(step + 1, config.inner_steps, loss.item, y.numel(), rate)
-        mean_loss = float(torch.stack(losses).mean()) if losses else 0.0
-        if self._stop_asked.is_set() and losses:
-            self._set_aside()
-            return Training(0, mean_loss)
-        return Training(tokens, mean_loss)
 
-    def _encode(self) -> bytes:
-        """The delta and the error feedback become a payload; what the payload leaves out stays in the feedback."""
-        return self.strategy.encode(self.theta, self.local.views(self.local.flat.cpu()), self.outer.round)
+    def _hold_back(self, pace: Pace, new_tokens: int) -> None:
+        """Keep to the user's limit of tokens per second."""
+        limit = self.settings.max_tokens_per_s
+        if limit:
+            ready = pace.began + (pace.tokens + new_tokens) / limit
+            self._stop.wait(max(0.0, ready - time.monotonic()))
 
-    def _exchange(self, payload: bytes, training: Training) -> Outcome:
-        """Give the payload to the round's group and get the aggregates; try again while no group forms."""
-        self.report.state("exchanging")
+    def _encode(self, training: Training) -> bytes:
+        """The delta and the error feedback become a payload; what it leaves out stays in the feedback."""
+        return self.strategy.encode(self.outer.theta, self._local_views(), training.round)
+
+    def _deliver(self, payload: bytes, training: Training) -> None:
+        """Hand the payload to the courier, which takes it into the exchange."""
+        if not self._overlaps:
+            self.report.state("exchanging")
+        digest = self.outer.digest
+        outcome = self._courier.submit(self._exchange, payload, training, digest)
+        self._delivery = Delivery(payload, training, self.local.flat.clone(), outcome)
+
+    def _exchange(self, payload: bytes, training: Training, digest: bytes) -> Outcome:
+        """In the courier's thread: meet the round's group; try again while no group forms."""
         while True:
             outcome = self.exchange.run_round(
-                round=self.outer.round,
-                base_digest=self.report.digest,
-                payload=payload,
-                weight=float(training.tokens),
+                round=training.round, base_digest=digest, payload=payload, weight=float(training.tokens)
             )
-            if outcome.verdict != NO_GROUP or self._stop_asked.is_set():
+            if outcome.verdict != NO_GROUP or self._stop.is_set():
                 return outcome
             self.report.say(outcome.problem)
 
-    def _apply(self, outcome: Outcome, payload: bytes, training: Training) -> None:
-        """The outer step. What of our payload is in no aggregate goes back into the error feedback."""
-        if outcome.verdict not in (DONE, ALONE):
-            self.strategy.give_back(payload, [(0, self.codec.num_chunks)])
-            if outcome.verdict != NO_GROUP:
-                catch_up(self, self.report.say)
-                self.report.resync("missed a round; its work is kept for the next")
-        else:
-            self.strategy.give_back(payload, outcome.undelivered)
-            all_tokens = self.outer_step(outcome.aggregates)
-            self.report.round_done(
-                outcome,
-                loss=training.loss,
-                own_tokens=training.tokens,
-                all_tokens=all_tokens,
-                payload_bytes=len(payload),
-            )
-        self.local.flat.copy_(self.outer.theta_flat)
+    def _settle(self) -> None:
+        """Wait for the exchange under way and take the outer step.
 
-    def _keep(self, outcome: Outcome) -> None:
-        """Evaluate and checkpoint when it is time."""
-        if outcome.verdict not in (DONE, ALONE):
+        What of our payload is in no aggregate goes back into the error feedback. The local weights move by what the
+        outer step changed under them; without overlap that makes them theta exactly.
+        """
+        if self._delivery is None:
             return
-        self.report.announce()
+        delivery, self._delivery = self._delivery, None
+        outcome = self.report.waiting_for(delivery.outcome)
+        if outcome.verdict in (DONE, ALONE):
+            self.strategy.give_back(delivery.payload, outcome.undelivered)
+            all_tokens = self.outer.step(outcome.aggregates)
+            self._move_local(delivery.base)
+            self.report.round_done(outcome, delivery.training, all_tokens, len(delivery.payload))
+            self._keep()
+            return
+        self.strategy.give_back(delivery.payload, [(0, self.codec.num_chunks)])
+        self._set_aside(delivery.base)
+        if outcome.verdict != NO_GROUP:
+            catch_up(self.outer, self.exchange, self.report.say)
+            self.report.resync("missed a round; its work is kept for the next")
+        self.local.flat.copy_(self.outer.state.theta_flat)
+
+    def _move_local(self, base: Tensor) -> None:
+        """Local weights, at `base` when their payload left, now build on the new theta."""
+        theta = self.outer.state.theta_flat.to(base.device)
+        if self._overlaps:
+            self.local.flat.add_(theta - base)
+        else:
+            self.local.flat.copy_(theta)
+
+    def _keep(self) -> None:
+        """Evaluate and checkpoint when it is time."""
         if self.settings.eval_every and self.outer.round % self.settings.eval_every == 0:
             self._evaluate()
         if self.outer.round % self.settings.checkpoint_every == 0:
             self._checkpoint()
 
-    # ------------------------------------------------------------------ the outer state
+    # ------------------------------------------------------------------ helpers of the stages
 
-    def outer_step(self, aggregates: Sequence[bytes]) -> int:
-        """Theta of this round becomes theta of the next; returns the tokens that went into it."""
-        with self._state_lock:
-            self.strategy.apply(self.theta, aggregates)
-            weights = [sum(w for _, w in self.codec.contributors(a)) for a in aggregates]
-            tokens = int(max(weights, default=0.0))
-            self._stands_at(self.outer.round + 1, self.outer.tokens + tokens)
-        return tokens
+    def _local_views(self) -> list[Tensor]:
+        return self.local.views(self.local.flat.cpu())
 
-    def replace_state(self, state: Checkpoint) -> None:
-        """Take over what a donor gave: theta, its round, and what the strategy shares."""
-        theta = state.tensors["theta"]
-        if theta.shape != self.outer.theta_flat.shape or state.manifest_hash != self.manifest.hash:
-            raise RunError("a donor sent the weights of another run")
-        with self._state_lock:
-            self.outer.theta_flat.copy_(theta)
-            self.strategy.load_shared_state(_part(state, "shared"))
-            self._stands_at(state.round, state.tokens)
+    def _set_aside(self, base: Tensor | None = None) -> None:
+        """What was trained since `base` (or theta) and is in no payload goes into the error feedback."""
+        theta = self.outer.state.theta_flat if base is None else base.cpu()
+        self.strategy.absorb(
+            [outer - mine for outer, mine in zip(self.local.views(theta), self._local_views())]
+        )
+        self.local.flat.copy_(self.outer.state.theta_flat)
 
-    def _stands_at(self, round: int, tokens: int) -> None:
-        self.outer.round, self.outer.tokens = round, tokens
-        self.report.digest = self.outer.digest()
-
-    def _shared_state(self) -> SharedState:
-        """Called from the exchange's thread when a newcomer asks."""
-        with self._state_lock:
-            outer, digest = self.outer, self.report.digest
-            tensors = {"theta": outer.theta_flat, **_named("shared", self.strategy.shared_state())}
-            blob = pack(Checkpoint(outer.round, outer.tokens, digest, self.manifest.hash, tensors))
-            return SharedState(outer.round, float(outer.tokens), digest, blob)
+    def _evaluate(self) -> None:
+        """Loss of theta; under overlap the local weights make room for it."""
+        kept = self.local.flat.clone()
+        self.local.flat.copy_(self.outer.state.theta_flat)
+        self.report.evaluated(evaluate(self.model, self.corpus, self.manifest.data, self.manifest.train))
+        self.local.flat.copy_(kept)
 
     def _checkpoint(self) -> None:
-        tensors = {
-            "theta": self.outer.theta_flat,
-            **_named("shared", self.strategy.shared_state()),
-            **_named("strategy", self.strategy.state_dict()),
-            **_named("inner", self.inner.state_dict()),
-        }
-        outer, digest = self.outer, self.report.digest
-        extra = {"own_tokens": self.report.tokens}
-        checkpoint = Checkpoint(outer.round, outer.tokens, digest, self.manifest.hash, tensors, extra)
+        tensors = {**self.outer.own_tensors(), **named("inner", self.inner.state_dict())}
         try:
-            self.store.save(checkpoint)
+            self.store.save(self.outer.checkpoint(tensors, self.report.tokens))
         except RunError as error:  # a full disk must not end the training
             self.report.say(f"{error}; training goes on, the previous checkpoint is intact")
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        self.replace_state(checkpoint)
-        self.strategy.load_state_dict(_part(checkpoint, "strategy"))
-        self.inner.load_state_dict(_part(checkpoint, "inner"))
-        self.report.tokens = int(checkpoint.extra.get("own_tokens", 0))
-
-    def _evaluate(self) -> None:
-        self.report.evaluated(evaluate(self.model, self.corpus, self.manifest.data, self.manifest.train))
-
     # ------------------------------------------------------------------ leaving
 
-    def _set_aside(self) -> None:
-        """Stopped between two exchanges: what was trained goes into the error feedback, hence into the checkpoint."""
-        local = self.local.views(self.local.flat.cpu())
-        self.strategy.absorb([theta - mine for theta, mine in zip(self.theta, local)])
-        self.local.flat.copy_(self.outer.theta_flat)
-
     def _is_over(self) -> bool:
-        done = self.settings.max_rounds and self.outer.round >= self.settings.max_rounds
-        return self._stop_asked.is_set() or bool(done)
+        rounds = self.outer.round + (self._delivery is not None)
+        return self._stop.is_set() or bool(self.settings.max_rounds and rounds >= self.settings.max_rounds)
 
     def _leave(self) -> None:
-        if not self._stop_asked.is_set():
+        if not self._stop.is_set():
             self._finish()
         self.report.state("leaving")
         self._checkpoint()
         self.report.stopped(self._stop_reason)
+        self._courier.shutdown()
 
     def _finish(self) -> None:
         """Stay a moment for those that missed our last round and need it, or our state, to catch up."""
         self.report.state("finished")
         until = time.monotonic() + FINISH_S
-        while time.monotonic() < until and not self._stop_asked.is_set():
-            behind = [
-                view
-                for view in self.exchange.swarm()
-                if view.status["state"] not in ABSENT and float(str(view.status["work"])) < self.outer.tokens
-            ]
-            if not behind:
+        while time.monotonic() < until and not self._stop.is_set():
+            active = [view for view in self.exchange.swarm() if view.status["state"] not in ABSENT]
+            if all(work_of(view) >= self.outer.tokens for view in active):
                 return
             time.sleep(POLL_S)
-
-
-def _named(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
-
-
-def _part(checkpoint: Checkpoint, prefix: str) -> dict[str, torch.Tensor]:
-    start = f"{prefix}."
-    return {name[len(start) :]: t for name, t in checkpoint.tensors.items() if name.startswith(start)}

@@ -21,6 +21,8 @@ from dtrain.compression.errors import PayloadError
 from dtrain.compression.kernels import cpu_dct
 from dtrain.compression.kernels.cpu_groups import Loops, build
 from dtrain.compression.kernels.cpu_read import REASONS
+from dtrain.compression.kernels.cpu_sources import addresses_of, source_addresses
+from dtrain.compression.kernels.cpu_write import PAD
 from dtrain.compression.layout import Layout
 from dtrain.compression.section import Section, SectionFormat
 
@@ -28,7 +30,7 @@ Ints = npt.NDArray[np.int64]
 Result = TypeVar("Result")
 
 PART_ELEMENTS = 1 << 20  # elements that one task covers at most, and that a tile of converted sources holds
-_NO_CHUNKS = np.zeros(0, np.int64)
+_NO_SOURCE = np.zeros(0, np.int64)
 
 
 @functools.cache
@@ -54,16 +56,16 @@ class CpuKernel:
     ) -> tuple[Ints, list[bytes]]:
         """As `Kernel.encode`."""
         layout = fmt.layout
-        direct = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
-        addresses = _addresses(layout, tensors) if direct else _NO_CHUNKS
-        lengths, parts = np.zeros(layout.num_groups, np.int64), []
-        step = layout.num_groups if direct else 1
-        for first, end in _parts(layout, 0, layout.num_groups) if not direct else [(0, layout.num_groups)]:
-            if direct:
-                parts += self._write(fmt, feedback, first, end, 0, lengths, addresses, layout.stride, decay, transform)
-                continue
-        del step
-        return lengths, parts
+        lengths = np.zeros(layout.num_groups, np.int64)
+
+        def write(first: int, end: int) -> bytes:
+            chunks = int(layout.group_edges[first]), int(layout.group_edges[end])
+            addresses, kept_alive = source_addresses(layout, tensors, *chunks)
+            data = _write(fmt, feedback, first, end, 0, lengths, addresses, decay, transform)
+            del kept_alive  # converted copies that the addresses point into
+            return data
+
+        return lengths, _run(layout, 0, layout.num_groups, write)
 
     def compress(
         self, fmt: SectionFormat, values: torch.Tensor, first_group: int, end_group: int
@@ -71,25 +73,12 @@ class CpuKernel:
         """As `Kernel.compress`."""
         lengths = np.zeros(fmt.layout.num_groups, np.int64)
         base = int(fmt.layout.offset[fmt.layout.group_edges[first_group]])
-        parts = self._write(fmt, values, first_group, end_group, base, lengths, _NO_CHUNKS, _NO_CHUNKS, 1.0, "none")
-        return lengths[first_group:end_group], parts
-
-    def _write(
-        self, fmt: SectionFormat, values: torch.Tensor, first_group: int, end_group: int, base: int, lengths: Ints,
-        addresses: Ints, strides: Ints, decay: float, transform: str,
-    ) -> list[bytes]:  # fmt: skip
-        layout, flat = fmt.layout, values.numpy()
 
         def write(first: int, end: int) -> bytes:
-            # Fields are written in bytes, yet a reader may load eight at once from the last of them.
-            out = np.empty(int(fmt.group_bounds[first:end].sum()) + 8, np.uint8)
-            used = loops().write(
-                first, end, layout.group_edges, layout.offset, fmt.kept, addresses, strides, transform == "dct",
-                cpu_dct.half_secants(), cpu_dct.norms(), flat, base, np.float32(decay), fmt.value_bits, out, lengths,
-            )  # fmt: skip
-            return out[:used].tobytes()
+            return _write(fmt, values, first, end, base, lengths, _NO_SOURCE, 1.0, "none")
 
-        return _run(layout, first_group, end_group, write)
+        parts = _run(fmt.layout, first_group, end_group, write)
+        return lengths[first_group:end_group], parts
 
     def check(self, fmt: SectionFormat, section: Section) -> None:
         """As `Kernel.check`."""
@@ -129,7 +118,7 @@ class CpuKernel:
     ) -> None:
         """As `Kernel.decode`."""
         layout, whole = fmt.layout, sections[0][1]
-        addresses = _addresses(layout, outputs)
+        addresses = addresses_of(layout, outputs, 0, layout.num_sparse)
         weights = np.asarray([weight for weight, _ in sections], np.float32)
         data = np.asarray([section.data.ctypes.data for _, section in sections], np.int64)
         sizes = np.asarray([len(section.data) for _, section in sections], np.int64)
@@ -147,10 +136,17 @@ class CpuKernel:
         _run(layout, whole.first_group, whole.end_group, decode)
 
 
-def _addresses(layout: Layout, tensors: Sequence[torch.Tensor]) -> Ints:
-    """Where each chunk begins in memory; the tensors are contiguous fp32 and outlive the addresses' use."""
-    bases = np.asarray([tensor.data_ptr() for tensor in tensors], np.int64)
-    return np.asarray(bases[layout.tensor] + 4 * layout.start, dtype=np.int64)
+def _write(
+    fmt: SectionFormat, values: torch.Tensor, first: int, end: int, base: int, lengths: Ints, addresses: Ints,
+    decay: float, transform: str,
+) -> bytes:  # fmt: skip
+    layout = fmt.layout
+    out = np.empty(int(fmt.group_bounds[first:end].sum()) + 2 * PAD, np.uint8)
+    used = loops().write(
+        first, end, layout.group_edges, layout.offset, fmt.kept, addresses, layout.stride, transform == "dct",
+        cpu_dct.half_secants(), cpu_dct.norms(), values.numpy(), base, np.float32(decay), fmt.value_bits, out, lengths,
+    )  # fmt: skip
+    return out[:used].tobytes()
 
 
 def _parts(layout: Layout, first_group: int, end_group: int) -> Iterator[tuple[int, int]]:

@@ -13,12 +13,13 @@ import numpy as np
 from numba import carray, njit
 
 from dtrain.compression.kernels import cpu_dct
-from dtrain.compression.kernels.cpu_read import GOOD, PAD, add_chunk, group_bytes, read_codes, read_positions
+from dtrain.compression.kernels.cpu_read import GOOD, add_chunk, group_bytes, read_codes, read_positions
 from dtrain.compression.kernels.cpu_select import LANES, fold, scan, select
 from dtrain.compression.kernels.cpu_tools import byte_pointer, float_pointer, jit
 from dtrain.compression.kernels.cpu_vector import clear_row, fence, stream_row
 from dtrain.compression.layout import MAX_GROUP_CHUNKS
 from dtrain.compression.kernels.cpu_write import (
+    PAD,
     group_exponent,
     measure,
     quantize,
@@ -99,10 +100,12 @@ def build(sources: str) -> Loops:
     ) -> int:  # fmt: skip
         """Fold (unless `addresses` is empty), select and write groups one after another into `out`.
 
-        addresses [chunks]: where each chunk's fp32 elements begin in memory, strides [chunks] its rows; values: the
-        feedback from element `base` on; lengths: by group number. Returns the bytes written.
+        addresses [chunks of these groups]: where each chunk's fp32 elements begin in memory; strides [all chunks]: how
+        far apart its rows are; values: the feedback from element `base` on; lengths: by group number, filled here.
+        Returns the bytes written.
         """
         _ = sources
+        source_chunk = group_edges[first_group]
         largest, longest, most = 0, 0, 0
         for g in range(first_group, end_group):
             a, b = group_edges[g], group_edges[g + 1]
@@ -112,12 +115,13 @@ def build(sources: str) -> Loops:
                 longest = max(longest, offset[c + 1] - offset[c])
             largest, most = max(largest, total), max(most, b - a)
         lane_max = np.empty(LANES, np.int32)
-        keys, places = np.empty(longest, np.int32), np.empty(longest, np.int32)
-        positions, gaps, codes = np.empty(largest, np.int32), np.empty(largest, np.int32), np.empty(largest, np.int32)
+        keys, places = np.empty(longest + 2, np.int32), np.empty(longest + 2, np.int32)
+        positions = np.empty(largest + 1, np.int32)
+        gaps, codes = np.empty(largest + PAD, np.int32), np.empty(largest + PAD, np.int32)
         picked, sent = np.empty(largest, np.float32), np.empty(largest, np.float32)
         bits, stats = np.empty(most, np.int64), np.empty((most, 2), np.float64)
         block, coefficients = np.empty((64, 64), np.float32), np.empty((64, 64), np.float32)
-        at = 0
+        at, guess = 0, np.int32(0)
         for g in range(first_group, end_group):
             a, b = group_edges[g], group_edges[g + 1]
             done = 0
@@ -126,7 +130,7 @@ def build(sources: str) -> Loops:
                 if len(addresses) == 0:
                     scan(chunk, lane_max)
                 elif dct and len(chunk) == 4096:
-                    source = carray(float_pointer(addresses[c]), (63 * strides[c] + 64,))
+                    source = carray(float_pointer(addresses[c - source_chunk]), (63 * strides[c] + 64,))
                     for i in range(64):
                         row = source[i * strides[c] : i * strides[c] + 64]
                         for j in range(64):
@@ -135,13 +139,13 @@ def build(sources: str) -> Loops:
                     fold(chunk, coefficients.ravel(), 64, decay, lane_max, 0, 0)
                 else:
                     length = len(chunk) if strides[c] == 64 else 63 * strides[c] + 64
-                    source = carray(float_pointer(addresses[c]), (length,))
-                    ahead = c + 1 < len(addresses) and strides[c + 1] != 64
-                    following = addresses[c + 1] if ahead else 0
+                    source = carray(float_pointer(addresses[c - source_chunk]), (length,))
+                    ahead = c + 1 < group_edges[end_group] and strides[c + 1] != 64
+                    following = addresses[c + 1 - source_chunk] if ahead else 0
                     fold(chunk, source, strides[c], decay, lane_max, following, strides[c + 1] if ahead else 0)
                 k = kept[c]
-                mine = positions[done : done + k]
-                select(chunk, k, lane_max, keys, places, mine)
+                mine = positions[done : done + k + 1]
+                guess = select(chunk, k, lane_max, guess, keys, places, mine)
                 for i in range(k):
                     picked[done + i] = chunk[mine[i]]
                 done += k

@@ -9,7 +9,7 @@ import numpy as np
 from dtrain.compression.bits import MAX_RICE
 from dtrain.compression.kernels.cpu_tools import count_trailing_zeros, jit, load_u64
 from dtrain.compression.kernels.cpu_vector import spread_fields
-from dtrain.compression.kernels.cpu_write import scale_value
+from dtrain.compression.kernels.cpu_write import PAD, scale_value
 from dtrain.compression.levels import MAX_EXPONENT, MIN_EXPONENT
 
 REASONS = ("", "bad-length", "bad-scale", "bad-rice", "bad-padding", "index-out-of-range")
@@ -17,12 +17,9 @@ _NO_SIGN = 0x7FFFFFFF
 GOOD, BAD_LENGTH, BAD_SCALE, BAD_RICE, BAD_PADDING, OUT_OF_RANGE = range(6)
 
 
-PAD = 8  # bytes that must be readable after a group, so that whole words can be loaded anywhere in it
-
-
 @jit
 def group_bytes(data: Any, begin: int, end: int) -> Any:
-    """The bytes of a group and PAD more: a view where the section goes on, else a copy."""
+    """The bytes of a group and PAD more, for loads of whole words: a view where the section goes on, else a copy."""
     if end + PAD <= len(data):
         return data[begin : end + PAD]
     copy = np.zeros(end - begin + PAD, np.uint8)

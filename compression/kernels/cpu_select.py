@@ -18,7 +18,7 @@ from dtrain.compression.kernels.cpu_vector import fold_step, mask_at_least, pref
 
 LANES = 512
 _MAGNITUDE = np.int32(0x7FFFFFFF)
-_NARROW = np.int32(12 << 23)  # the k-th largest is hardly ever below 2**-12 of the largest: try that range first
+_FIRST_STEP = 1 << 18  # in units of the last place: 3 %
 
 
 @jit
@@ -61,37 +61,44 @@ def _count(keys: Any, n: int, cut: Any) -> int:
 
 
 @jit
-def _lane_bound(lane_max: Any, k: int, top: Any) -> Any:
+def _lane_bound(lane_max: Any, k: int, top: Any, guess: Any) -> Any:
     """A magnitude that at least k lanes reach, if possible no more than k + k / 8; 0 when fewer than k are in use."""
-    high, low = np.int32(top + 1), np.int32(max(top - _NARROW, 0))
-    if k > LANES or _count(lane_max, LANES, low) < k:
-        low = np.int32(0)
-        if k > LANES or _count(lane_max, LANES, low) < k:
-            return low
+    if k > LANES or _count(lane_max, LANES, np.int32(0)) < k:
+        return np.int32(0)
+    low, high, enough = np.int64(0), np.int64(top) + 1, k + (k >> 3)
+    step = np.int64(_FIRST_STEP) if guess > 0 else high
+    middle = min(np.int64(guess), high - 1) if guess > 0 else high >> 1
     while high - low > 1:
-        middle = np.int32(low + ((high - low) >> 1))
-        found = _count(lane_max, LANES, middle)
-        if found >= k:
-            low = middle
-            if found <= k + (k >> 3):
-                break
-        else:
+        found = _count(lane_max, LANES, np.int32(middle))
+        if found < k:
             high = middle
-    return low
+            middle -= step
+        elif found > enough:
+            low = middle
+            middle += step
+        else:
+            return np.int32(middle)
+        step *= 4
+        if not low < middle < high:  # away from the guess in growing steps, then bisection
+            middle = low + ((high - low) >> 1)
+    return np.int32(low)
 
 
 @jit
-def select(values: Any, k: int, lane_max: Any, keys: Any, places: Any, positions: Any) -> None:
-    """Write the ascending positions of the k largest magnitudes of values [n] into positions [k].
+def select(values: Any, k: int, lane_max: Any, guess: Any, keys: Any, places: Any, positions: Any) -> Any:
+    """Write the ascending positions of the k largest magnitudes of values [n] into positions [k + 1].
 
-    Equal magnitudes: lowest position first. lane_max: as `fold` or `scan` left it. Scratch: keys, places [n].
+    Equal magnitudes: lowest position first. lane_max: as `fold` or `scan` left it. Scratch: keys, places [n + 2].
+    guess: what the last call returned, or 0; it saves time when chunks are alike and changes nothing else.
     """
     top = np.int32(0)
     for j in range(LANES):
         top = max(top, lane_max[j])
-    cut = _lane_bound(lane_max, k, top)
-    num = _candidates(values, cut, keys, places)
-    high, found = np.int32(top + 1), num
+    bound = _lane_bound(lane_max, k, top, guess)
+    num = _candidates(values, bound, places)
+    for i in range(num):
+        keys[i] = float_bits(values[np.uint64(places[i])]) & _MAGNITUDE
+    cut, high, found = bound, np.int32(top + 1), num
     while found != k and high - cut > 1:
         middle = np.int32(cut + ((high - cut) >> 1))
         count = _count(keys, num, middle)
@@ -99,35 +106,43 @@ def select(values: Any, k: int, lane_max: Any, keys: Any, places: Any, positions
             cut, found = middle, count
         else:
             high = middle
-    ties = k  # how many elements that equal the cut are taken; they matter only when too many reach it
-    if found != k:
-        ties = k - _count(keys, num, cut + np.int32(1))
-    out = 0
-    for i in range(num):
-        if out < k:
-            equal = keys[i] == cut
-            take = (keys[i] > cut) | (equal & (ties > 0))
+    if found == k:
+        out = np.uint64(0)
+        for i in range(num):
             positions[out] = places[i]
-            out += int(take)
-            ties -= int(equal & take)
+            out += np.uint64(keys[i] >= cut)
+        return bound
+    _take(keys, places, num, cut, k, positions)
+    return bound
 
 
 @jit
-def _candidates(values: Any, cut: Any, keys: Any, places: Any) -> int:
-    """Magnitudes and positions, ascending, of all elements that reach the cut; returns how many."""
-    num, whole = 0, len(values) & -64
+def _take(keys: Any, places: Any, num: int, cut: Any, k: int, positions: Any) -> None:
+    """Positions of the keys above the cut and of so many of those that equal it, from the first, that there are k."""
+    ties, out = k - _count(keys, num, cut + np.int32(1)), 0
+    for i in range(num):
+        if keys[i] > cut or (keys[i] == cut and ties > 0):
+            ties -= int(keys[i] == cut)
+            positions[out] = places[i]
+            out += 1
+
+
+@jit
+def _candidates(values: Any, cut: Any, places: Any) -> int:
+    """Ascending positions of all elements that reach the cut; returns how many. Two places beyond are overwritten."""
+    num, whole, one = np.uint64(0), len(values) & -64, np.uint64(1)
     for i in range(0, whole, 64):
         word = mask_at_least(values, i, cut)
+        # Hardly any word has more than two ones where k is small: the first two are taken without a branch.
+        for _ in range(2):
+            places[num] = i + count_trailing_zeros(word | (one << np.uint64(63)))
+            num += np.uint64(word != np.uint64(0))
+            word &= word - one
         while word != np.uint64(0):
-            p = i + count_trailing_zeros(word)
-            word &= word - np.uint64(1)
-            keys[num] = float_bits(values[p]) & _MAGNITUDE
-            places[num] = p
-            num += 1
+            places[num] = i + count_trailing_zeros(word)
+            num += one
+            word &= word - one
     for p in range(whole, len(values)):
-        key = float_bits(values[p]) & _MAGNITUDE
-        if key >= cut:
-            keys[num] = key
-            places[num] = p
-            num += 1
-    return num
+        places[num] = p
+        num += np.uint64((float_bits(values[p]) & _MAGNITUDE) >= cut)
+    return int(num)

@@ -122,6 +122,29 @@ def spread_fields(_context: Any, word: Any, width: Any, out: Any, i: Any) -> Any
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def join_fields(_context: Any, values: Any, i: Any, width: Any) -> Any:
+    """A u64 of the low `width` <= 8 bits of values[i + j] (i32), j = 0 to 7, the j-th from bit j * width on."""
+    signature = types.uint64(values, i, types.int64)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide, ints, count = ir.VectorType(ir.IntType(64), 8), ir.VectorType(_I32, 8), 8
+        values, i, width = arguments
+        loaded = builder.zext(_load(builder, _pointer(context, builder, signature.args[0], values, i, ints)), wide)
+        ones = builder.shl(ir.Constant(ir.IntType(64), 1), width)
+        mask = _splat(builder, builder.sub(ones, ir.Constant(ir.IntType(64), 1)), wide)
+        shifts = builder.mul(_splat(builder, width, wide), ir.Constant(wide, list(range(8))))
+        joined = builder.shl(builder.and_(loaded, mask), shifts)
+        while count > 1:
+            count //= 2
+            order = ir.Constant(ir.VectorType(_I32, 8), [(j + count) % 8 for j in range(8)])
+            joined = builder.or_(joined, builder.shuffle_vector(joined, joined, order))
+        return builder.extract_element(joined, ir.Constant(_I32, 0))
+
+    del width
+    return signature, generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def clear_row(_context: Any, values: Any, i: Any) -> Any:
     """values[i : i + 64] <- 0."""
     signature = types.void(values, i)

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 
 from dtrain.compression.bits import MAX_RICE
-from dtrain.compression.kernels.cpu_tools import bits_float, float_bits, jit
+from dtrain.compression.kernels.cpu_tools import bits_float, float_bits, jit, store_u64
+from dtrain.compression.kernels.cpu_vector import join_fields
 from dtrain.compression.levels import MAX_EXPONENT, MIN_EXPONENT
+
+PAD = 8  # fields and bytes that may be touched beyond the last one, so that whole words can be written
 
 
 @jit
@@ -106,7 +109,16 @@ def quantize(values: Any, scale: Any, ratio: int, mean: float, value_bits: int, 
 
 @jit
 def write_fields(out: Any, at: int, fields: Any, n: int, width: int) -> int:
-    """Write n fields of `width` bits from byte `at`; returns the byte after them."""
+    """Write the low `width` bits of fields [n], i32, from byte `at`; returns the byte after them.
+
+    Up to PAD bytes beyond may be overwritten; PAD fields beyond n must exist and are set to 0.
+    """
+    for i in range(n, n + PAD):
+        fields[i] = 0
+    if width <= 8:
+        for i in range(0, n, 8):  # eight fields take `width` bytes
+            store_u64(out, at + (i >> 3) * width, join_fields(fields, i, width))
+        return at + ((n * width + 7) >> 3)
     mask = np.uint64((1 << width) - 1)
     word, filled = np.uint64(0), 0
     for i in range(n):
@@ -158,16 +170,17 @@ def _rice_bits(gaps: Any, n: int, r: int) -> int:
 
 @jit
 def write_gaps(out: Any, at: int, gaps: Any, n: int, r: int) -> int:
-    """Write n gaps with Rice parameter r from byte `at`; returns the byte after them."""
+    """Write gaps [n + PAD] with Rice parameter r from byte `at`; returns the byte after them. PAD as write_fields."""
     at = write_fields(out, at, gaps, n, r)
-    bit = 0
-    out[at] = np.uint8(0)
-    cleared = 0  # bytes of the unary stream that hold something already
-    for i in range(n):
-        bit += gaps[i] >> r
-        while cleared < bit >> 3:
-            cleared += 1
-            out[at + cleared] = np.uint8(0)
-        out[at + (bit >> 3)] |= np.uint8(1 << (bit & 7))
+    word, bit, one = np.uint64(0), 0, np.uint64(1)
+    for gap in gaps[:n]:
+        bit += gap >> r
+        while bit >= 64:
+            store_u64(out, at, word)
+            at += 8
+            bit -= 64
+            word = np.uint64(0)
+        word |= one << np.uint64(bit)
         bit += 1
-    return int(at + ((bit + 7) >> 3))
+    store_u64(out, at, word)
+    return at + ((bit + 7) >> 3)

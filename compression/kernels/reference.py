@@ -119,26 +119,13 @@ def _pieces(layout: Layout, first: int, end: int) -> Iterator[tuple[int, int]]:
     yield from itertools.pairwise(edges)
 
 
-def _view(layout: Layout, tensor: torch.Tensor, first: int, end: int) -> list[torch.Tensor]:
-    """The chunks of one piece as views of their tensor, each [rows, 64] or, for runs, [size]."""
-    size, stride = int(layout.size[first]), int(layout.stride[first])
-    starts = layout.start[first:end].tolist()
-    if stride == dct.SIDE:
-        flat = tensor.reshape(-1)
-        return [flat[s : s + size] for s in starts]
-    matrix = tensor.reshape(-1, stride)
-    side = dct.SIDE
-    corners = [(s // stride, s % stride) for s in starts]
-    return [matrix[row : row + side, column : column + side] for row, column in corners]
-
-
 def _gather(
     layout: Layout, tensors: Sequence[torch.Tensor], first: int, end: int, transform: str
 ) -> torch.Tensor:
     """Elements of sparse chunks first to end in chunk order, fp32 [n], transformed."""
     parts = []
     for a, b in _pieces(layout, first, end):
-        views = _view(layout, tensors[int(layout.tensor[a])], a, b)
+        views = [layout.view(tensors[int(layout.tensor[a])], chunk) for chunk in range(a, b)]
         piece = torch.stack([view.reshape(-1) for view in views]).to(device="cpu", dtype=torch.float32)
         if transform == "dct" and int(layout.size[a]) == layout.chunk:
             piece = dct.forward(piece.view(-1, dct.SIDE, dct.SIDE))
@@ -157,7 +144,8 @@ def _scatter(
         done += piece.numel()
         if transform == "dct" and size == layout.chunk:
             piece = dct.inverse(piece.view(-1, dct.SIDE, dct.SIDE)).reshape(b - a, size)
-        for row, view in zip(piece, _view(layout, outputs[int(layout.tensor[a])], a, b), strict=True):
+        for chunk, row in zip(range(a, b), piece, strict=True):
+            view = layout.view(outputs[int(layout.tensor[chunk])], chunk)
             view.copy_(row.view(view.shape))
 
 
