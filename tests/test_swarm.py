@@ -75,7 +75,7 @@ def in_memory_digests(
     for log in logs:
         log.close()
     assert {worker.outer.round for worker in made} == {rounds}
-    return {worker.report.digest.hex() for worker in made}
+    return {worker.outer.digest.hex() for worker in made}
 
 
 def test_a_newcomer_gets_theta_from_its_peers_and_contributes(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,8 @@ import torch
 
 from dtrain.compression.errors import PayloadError
 from dtrain.compression.kernels import cpu_dct
-from dtrain.compression.kernels.cpu_groups import Loops, build
+from dtrain.compression.kernels.cpu_decode import build_check_and_add, build_decode
+from dtrain.compression.kernels.cpu_encode import build_write
 from dtrain.compression.kernels.cpu_read import REASONS
 from dtrain.compression.kernels.cpu_sources import addresses_of, source_addresses
 from dtrain.compression.kernels.cpu_write import PAD
@@ -33,12 +34,28 @@ PART_ELEMENTS = 1 << 20  # elements that one task covers at most, and that a til
 _NO_SOURCE = np.zeros(0, np.int64)
 
 
+class Loops(NamedTuple):
+    """The compiled loops of cpu_encode.py and cpu_decode.py."""
+
+    write: Callable[..., int]
+    check: Callable[..., int]
+    add: Callable[..., int]
+    decode: Callable[..., int]
+
+
 @functools.cache
-def loops() -> Loops:
-    """The compiled loops; compiling them takes some 20 s once, then they come from numba's cache on disk."""
+def loops(transform: str) -> Loops:
+    """The loops for a transform. Each compiles when it is first called, or comes from numba's cache on disk."""
     folder = Path(__file__).parent
     text = b"".join(path.read_bytes() for path in sorted([*folder.glob("cpu*.py"), *folder.parent.glob("*.py")]))
-    return build(hashlib.sha256(text).hexdigest())
+    sources = hashlib.sha256(text).hexdigest()
+    check, add = _check_and_add(sources)
+    return Loops(build_write(sources, transform == "dct"), check, add, build_decode(sources, transform == "dct"))
+
+
+@functools.cache
+def _check_and_add(sources: str) -> tuple[Callable[..., int], Callable[..., int]]:
+    return build_check_and_add(sources)
 
 
 class CpuKernel:
@@ -86,9 +103,9 @@ class CpuKernel:
 
         def check(first: int, end: int) -> None:
             bad = np.zeros(1, np.int64)
-            found = loops().check(
+            found = loops("none").check(
                 first, end, layout.group_edges, fmt.kept, fmt.group_kept, layout.size, fmt.fixed_bytes, fmt.value_bits,
-                section.data, section.bounds, section.first_group, bad,
+                section.data.ctypes.data, len(section.data), section.bounds, section.first_group, bad,
             )  # fmt: skip
             _refuse(found, bad)
 
@@ -101,9 +118,9 @@ class CpuKernel:
 
         def add(first: int, end: int) -> None:
             bad = np.zeros(1, np.int64)
-            found = loops().add(
+            found = loops("none").add(
                 first, end, layout.group_edges, layout.offset, fmt.kept, fmt.group_kept, layout.size, fmt.fixed_bytes, fmt.value_bits,
-                section.data, section.bounds, section.first_group, np.float32(weight), flat, base, bad,
+                section.data.ctypes.data, len(section.data), section.bounds, section.first_group, np.float32(weight), flat, base, bad,
             )  # fmt: skip
             _refuse(found, bad)
 
@@ -126,9 +143,9 @@ class CpuKernel:
 
         def decode(first: int, end: int) -> None:
             bad = np.zeros(1, np.int64)
-            found = loops().decode(
+            found = loops(transform).decode(
                 first, end, layout.group_edges, fmt.kept, fmt.group_kept, layout.size, fmt.fixed_bytes, fmt.value_bits, data, sizes,
-                bounds, whole.first_group, weights, addresses, layout.stride, transform == "dct",
+                bounds, whole.first_group, weights, addresses, layout.stride,
                 cpu_dct.half_secants(), cpu_dct.norms(), bad,
             )  # fmt: skip
             _refuse(found, bad)
@@ -142,8 +159,8 @@ def _write(
 ) -> bytes:  # fmt: skip
     layout = fmt.layout
     out = np.empty(int(fmt.group_bounds[first:end].sum()) + 2 * PAD, np.uint8)
-    used = loops().write(
-        first, end, layout.group_edges, layout.offset, fmt.kept, addresses, layout.stride, transform == "dct",
+    used = loops(transform).write(
+        first, end, layout.group_edges, layout.offset, fmt.kept, addresses, layout.stride,
         cpu_dct.half_secants(), cpu_dct.norms(), values.numpy(), base, np.float32(decay), fmt.value_bits, out, lengths,
     )  # fmt: skip
     return out[:used].tobytes()

@@ -49,7 +49,7 @@ def _padding_is_zero(data: Any, start: int, num_bits: int) -> bool:
 @jit
 def _read_ones(data: Any, start: int, end: int, n: int, ones: Any) -> int:
     """ones [n] <- positions of the n ones in the bits of data[start:end]; GOOD only if they fill it exactly."""
-    i, last = 0, -1
+    i, last = np.int64(0), np.int64(-1)
     for byte in range(start, end, 8):
         word = load_u64(data, byte)
         if byte + 8 > end:
@@ -84,7 +84,7 @@ def read_positions(
         return BAD_SCALE
     if r > MAX_RICE:
         return BAD_RICE
-    total = 0
+    total = np.int64(0)
     for c in range(num_chunks):
         total += kept[c]
     unary = fixed + ((total * r + 7) >> 3)
@@ -98,7 +98,7 @@ def read_positions(
         return found
     read_fields(data, fixed, total, r, low)
     # Within a chunk, position = sum of (high part << r + low part + 1); the sum of the high parts is in the ones.
-    first, before = 0, -1
+    first, before = np.int64(0), np.int64(-1)
     for c in range(num_chunks):
         mine, lows = positions[first : first + kept[c]], low[first : first + kept[c]]
         sum_low, last = 0, before

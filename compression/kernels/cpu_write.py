@@ -138,10 +138,10 @@ def write_fields(out: Any, at: int, fields: Any, n: int, width: int) -> int:
 @jit
 def rice_parameter(gaps: Any, n: int) -> int:
     """The lowest r among those with the fewest bits; the cost is convex in r, so walk downhill from the mean."""
-    total = 0
+    total = np.int64(0)
     for i in range(n):
         total += gaps[i]
-    r = 0
+    r = np.int64(0)
     while r < MAX_RICE and (n << (r + 1)) <= total:
         r += 1
     best = _rice_bits(gaps, n, r)

@@ -1,0 +1,148 @@
+"""Groups of chunks to bytes in numba: fold, select, quantize and pack, each chunk while it is in the cache.
+
+The loop is built by a function so that numba's cache on disk, which looks only at one file and at captured values, is
+keyed by the text of every file that it calls into, and so that the transform is compiled only where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import carray, njit
+
+from dtrain.compression.kernels import cpu_dct
+from dtrain.compression.kernels.cpu_select import LANES, fold, scan, select
+from dtrain.compression.kernels.cpu_tools import float_pointer, jit
+from dtrain.compression.kernels.cpu_write import (
+    PAD,
+    group_exponent,
+    measure,
+    quantize,
+    ratio_of,
+    rice_parameter,
+    scale_bits,
+    scale_code,
+    scale_value,
+    write_fields,
+    write_gaps,
+)
+
+
+@jit
+def _write_group(
+    values: Any, edges: Any, kept: Any, picked: Any, positions: Any, gaps: Any, codes: Any, sent: Any, bits: Any,
+    stats: Any, value_bits: int, out: Any, at: int,
+) -> int:  # fmt: skip
+    """Write one group of chunks whose selection is known and subtract what was written; returns the byte after it.
+
+    values: fp32 of the group, chunk c at edges[c] to edges[c + 1]; picked, positions: kept values and where they are
+    in their chunk, all chunks one after another.
+    """
+    num_chunks = len(kept)
+    first = np.int64(0)
+    for c in range(num_chunks):
+        k = kept[c]
+        top, stats[c, 0], stats[c, 1] = measure(picked[first : first + k], value_bits)
+        bits[c] = scale_bits(top, value_bits)
+        before = -1
+        for i in range(first, first + k):
+            gaps[i] = positions[i] - before - 1
+            before = positions[i]
+        first += k
+    total = first
+    exponent = group_exponent(bits, num_chunks)
+    start = at
+    out[at] = np.uint8(exponent)
+    at += 2
+    first = np.int64(0)
+    for c in range(num_chunks):
+        k = kept[c]
+        code = scale_code(bits[c], exponent)
+        scale = scale_value(code, exponent)
+        ratio = ratio_of(stats[c, 0], scale, value_bits)
+        out[at + c] = np.uint8(code)
+        if value_bits > 1:
+            out[at + num_chunks + c] = np.uint8(ratio)
+        span = slice(first, first + k)
+        quantize(picked[span], scale, ratio, stats[c, 1], value_bits, codes[span], sent[span])
+        base = edges[c] - edges[0]
+        for i in range(first, first + k):
+            values[base + positions[i]] = picked[i] - sent[i]
+        first += k
+    at += num_chunks if value_bits == 1 else 2 * num_chunks
+    at = write_fields(out, at, codes, total, value_bits)
+    r = rice_parameter(gaps, total)
+    out[start + 1] = np.uint8(r)
+    return write_gaps(out, at, gaps, total, r)
+
+
+def build_write(sources: str, use_dct: bool) -> Callable[..., int]:
+    """Compile the loop; `sources` stands for the text of everything it is made of."""
+
+    @njit(nogil=True, error_model="numpy", cache=True)
+    def write(
+        first_group: int, end_group: int, group_edges: Any, offset: Any, kept: Any, addresses: Any, strides: Any,
+        secants: Any, norm: Any, values: Any, base: int, decay: Any, value_bits: int, out: Any, lengths: Any,
+    ) -> int:  # fmt: skip
+        """Fold (unless `addresses` is empty), select and write groups one after another into `out`.
+
+        addresses [chunks of these groups]: where each chunk's fp32 elements begin in memory; strides [all chunks]: how
+        far apart its rows are; values: the feedback from element `base` on; lengths: by group number, filled here.
+        Returns the bytes written.
+        """
+        _ = sources
+        source_chunk = group_edges[first_group]
+        largest, longest, most = 0, 0, 0
+        for g in range(first_group, end_group):
+            a, b = group_edges[g], group_edges[g + 1]
+            total = np.int64(0)
+            for c in range(a, b):
+                total += kept[c]
+                longest = max(longest, offset[c + 1] - offset[c])
+            largest, most = max(largest, total), max(most, b - a)
+        lane_max = np.empty(LANES, np.int32)
+        keys, places = np.empty(longest + 2, np.int32), np.empty(longest + 2, np.int32)
+        positions = np.empty(largest + 1, np.int32)
+        gaps, codes = np.empty(largest + PAD, np.int32), np.empty(largest + PAD, np.int32)
+        picked, sent = np.empty(largest, np.float32), np.empty(largest, np.float32)
+        bits, stats = np.empty(most, np.int64), np.empty((most, 2), np.float64)
+        block, coefficients = np.empty((64, 64), np.float32), np.empty((64, 64), np.float32)
+        at, guess = np.int64(0), np.int32(0)
+        for g in range(first_group, end_group):
+            a, b = group_edges[g], group_edges[g + 1]
+            done = np.int64(0)
+            for c in range(a, b):
+                chunk = values[offset[c] - base : offset[c + 1] - base]
+                if len(addresses) == 0:
+                    scan(chunk, lane_max)
+                elif use_dct and len(chunk) == 4096:
+                    source = carray(float_pointer(addresses[c - source_chunk]), (63 * strides[c] + 64,))
+                    for i in range(64):
+                        row = source[i * strides[c] : i * strides[c] + 64]
+                        for j in range(64):
+                            block[i, j] = row[j]
+                    cpu_dct.forward(block, coefficients, secants, norm)
+                    fold(chunk, coefficients.ravel(), 64, decay, lane_max, 0, 0)
+                else:
+                    length = len(chunk) if strides[c] == 64 else 63 * strides[c] + 64
+                    source = carray(float_pointer(addresses[c - source_chunk]), (length,))
+                    ahead = c + 1 < group_edges[end_group] and strides[c + 1] != 64
+                    following = addresses[c + 1 - source_chunk] if ahead else 0
+                    fold(chunk, source, strides[c], decay, lane_max, following, strides[c + 1] if ahead else 0)
+                k = kept[c]
+                mine = positions[done : done + k + 1]
+                guess = select(chunk, k, lane_max, guess, keys, places, mine)
+                for i in range(k):
+                    picked[done + i] = chunk[mine[i]]
+                done += k
+            before = at
+            at = _write_group(
+                values[offset[a] - base : offset[b] - base], offset[a : b + 1], kept[a:b], picked, positions, gaps,
+                codes, sent, bits, stats, value_bits, out, at,
+            )  # fmt: skip
+            lengths[g] = at - before
+        return at
+
+    return write  # type: ignore[no-any-return]
