@@ -23,6 +23,8 @@ from dtrain.compression.layout import Layout, Shapes
 from dtrain.compression.section import Section, SectionFormat
 from dtrain.compression.spec import CodecSpec
 
+_AGGREGATES = (wire.UNION, wire.RECOMPRESSED)
+
 
 class Codec:
     """Top-k codec with error feedback for a fixed list of tensors.
@@ -78,10 +80,19 @@ class Codec:
     def check(self, payload: bytes, *, run: bytes, round: int, first_chunk: int, num_chunks: int) -> None:
         """Raise PayloadError unless `payload` is valid, of this run and round, and covers just this range."""
         self.layout.split(first_chunk, num_chunks)
-        head, body = wire.open_header(payload, (wire.PAYLOAD,))
-        place = {"run": run, "round": round, "first_chunk": first_chunk, "num_chunks": num_chunks}
-        wire.match_header(head, codec=self._id, **place)  # type: ignore[arg-type]
-        self._check_body(self._format, body, first_chunk, num_chunks)
+        self._check(payload, run, round, (first_chunk, num_chunks), checksum=True)
+
+    def _check(
+        self, payload: bytes | memoryview, run: bytes, round: int, place: tuple[int, int], *, checksum: bool
+    ) -> None:
+        head, body = wire.open_header(payload, (wire.PAYLOAD,), checksum=checksum)
+        self._match(head, run, round, place)
+        self._check_body(self._format, body, *place)
+
+    def _match(self, head: wire.Header, run: bytes, round: int, place: tuple[int, int]) -> None:
+        wire.match_header(
+            head, codec=self._id, run=run, round=round, first_chunk=place[0], num_chunks=place[1]
+        )
 
     def cut(self, payload: bytes, first_chunk: int, num_chunks: int) -> bytes:
         """The part of a valid payload that covers a range, itself a valid payload; no value is decoded."""
@@ -161,34 +172,36 @@ class Codec:
     ) -> None:
         """Raise PayloadError unless `aggregate` is valid, covers just this range and names only members."""
         self.layout.split(first_chunk, num_chunks)
-        head, body = wire.open_header(aggregate, (wire.UNION, wire.RECOMPRESSED))
-        place = {"run": run, "round": round, "first_chunk": first_chunk, "num_chunks": num_chunks}
-        wire.match_header(head, codec=self._id, **place)  # type: ignore[arg-type]
+        head, body = wire.open_header(aggregate, _AGGREGATES)
+        self._match(head, run, round, (first_chunk, num_chunks))
         contributors, rest = wire.unpack_contributors(head, body)
         agg.check_members(contributors, num_members)
         if head.kind == wire.RECOMPRESSED:
             self._check_body(self._aggregate_format, rest, first_chunk, num_chunks)
             return
         for section in agg.split_union(rest, len(contributors)):
-            self.check(section, run=run, round=round, first_chunk=first_chunk, num_chunks=num_chunks)  # type: ignore[arg-type]
+            self._check(section, run, round, (first_chunk, num_chunks), checksum=False)  # the whole has one
 
     def contributors(self, aggregate: bytes) -> tuple[tuple[int, float], ...]:
         """(index in the group's canonical order, weight) of everyone whose payload is in the aggregate."""
-        head, body = wire.open_header(aggregate, (wire.UNION, wire.RECOMPRESSED))
+        head, body = wire.open_header(aggregate, _AGGREGATES, checksum=False)
         return tuple(wire.unpack_contributors(head, body)[0])
 
-    def decode(self, aggregates: Sequence[bytes], *, out: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    def decode(
+        self, aggregates: Sequence[bytes], *, out: Sequence[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
         """Decode checked aggregates of disjoint spans into fp32 tensors of the codec's shapes.
 
-        An element is the weighted mean over its span's contributors (an absent coefficient counts as 0); chunks in no
-        aggregate are 0. Sums run in contributor order: without a transform the result is bit-identical on every
-        machine, for any number of threads, and for unions also for any division into spans.
-        out: contiguous fp32 CPU tensors to write into, such as an earlier result; saves the time of new memory.
+        An element is the weighted mean over its span's contributors (an absent coefficient counts as 0);
+        chunks in no aggregate are 0. Sums run in contributor order: without a transform the result is
+        bit-identical on every machine, for any number of threads, and for unions also for any division into
+        spans. out: contiguous fp32 CPU tensors to write into, such as an earlier result; saves the time of
+        new memory.
         """
         outputs = self._outputs(out)
         covered: list[tuple[int, int]] = []
         for data in aggregates:
-            head, body = wire.open_header(data, (wire.UNION, wire.RECOMPRESSED))
+            head, body = wire.open_header(data, _AGGREGATES, checksum=False)
             agg.check_disjoint(covered, head.first_chunk, head.num_chunks)
             contributors, rest = wire.unpack_contributors(head, body)
             if head.kind == wire.RECOMPRESSED:
@@ -207,9 +220,12 @@ class Codec:
 
     def _outputs(self, out: Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
         if out is None:
-            # One array: numpy asks the system for huge pages then, which are far quicker to come by than small ones.
+            # One array: numpy asks the system for huge pages then, which are far quicker to come by than
+            # small ones.
             flat = torch.from_numpy(np.empty(self.num_params, np.float32))
-            return [t.view(s) for t, (_, s) in zip(flat.split(list(self.layout.numels)), self.shapes, strict=True)]
+            return [
+                t.view(s) for t, (_, s) in zip(flat.split(list(self.layout.numels)), self.shapes, strict=True)
+            ]
         self._check_shapes(out)
         for (name, _), tensor in zip(self.shapes, out, strict=True):
             if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
@@ -229,9 +245,8 @@ class Codec:
         return int(offset[first_chunk + num_chunks] - offset[first_chunk])
 
     def _open(self, payload: bytes | memoryview) -> tuple[wire.Header, Section]:
-        head, body = wire.open_header(payload, (wire.PAYLOAD,))
-        place = {"first_chunk": head.first_chunk, "num_chunks": head.num_chunks}
-        wire.match_header(head, codec=self._id, run=head.run, round=head.round, **place)
+        head, body = wire.open_header(payload, (wire.PAYLOAD,), checksum=False)
+        self._match(head, head.run, head.round, (head.first_chunk, head.num_chunks))
         agg.check_range(self.layout, head.first_chunk, head.num_chunks)
         return head, self._format.parse(body, head.first_chunk, head.num_chunks)
 
@@ -247,7 +262,9 @@ class Codec:
             self.kernel.add(fmt, section, weight, out[:cut])
         self._dense.add(section, weight, out[cut:])
 
-    def _decode(self, fmt: SectionFormat, sections: list[tuple[float, Section]], outputs: list[torch.Tensor]) -> None:
+    def _decode(
+        self, fmt: SectionFormat, sections: list[tuple[float, Section]], outputs: list[torch.Tensor]
+    ) -> None:
         if sections[0][1].first_group < sections[0][1].end_group:
             self.kernel.decode(fmt, sections, outputs, self.spec.transform)
         self._dense.decode(sections, outputs)

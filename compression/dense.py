@@ -1,8 +1,8 @@
 """Dense coding: every element travels, as fp16, fp32 or blockwise 8 bit.
 
-Elements are numbered in chunk order; a block is one dense chunk (it never spans two tensors). fp16 and fp32 are the
-plain little-endian values. With 8 bits all blocks' largest magnitudes come first (fp32), then one byte per element: a
-code into the signed dynamic map of arXiv 2110.02861, relative to the block's largest.
+Elements are numbered in chunk order; a block is one dense chunk (it never spans two tensors). fp16 and fp32
+are the plain little-endian values. With 8 bits all blocks' largest magnitudes come first (fp32), then one
+byte per element: a code into the signed dynamic map of arXiv 2110.02861, relative to the block's largest.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def quantize(values: Floats, bits: int, starts: Ints) -> tuple[Floats, Bytes]:
     if not len(values):
         return nothing, np.zeros(0, np.uint8)
     largest = np.minimum(np.maximum.reduceat(np.abs(values), starts), np.float32(BLOCK_MAX))
-    codes = nearest_codes(values / _spread(np.where(largest > 0, largest, np.float32(1)), starts, len(values)))
+    codes = nearest_codes(
+        values / _spread(np.where(largest > 0, largest, np.float32(1)), starts, len(values))
+    )
     return largest.astype(np.float32), codes
 
 
@@ -63,8 +65,8 @@ def _spread(per_block: Floats, starts: Ints, count: int) -> Floats:
 def dynamic_map() -> Floats:
     """The 256 values of the signed dynamic 8-bit type, ascending: more digits near 1, more range near 0.
 
-    For each of 7 decades 10**-6 to 1, the middles of 1, 2, ... 64 equal parts of [0.1, 1] and their negatives, and 0
-    and 1 (Dettmers et al., arXiv 2110.02861, as in bitsandbytes' create_dynamic_map).
+    For each of 7 decades 10**-6 to 1, the middles of 1, 2, ... 64 equal parts of [0.1, 1] and their
+    negatives, and 0 and 1 (Dettmers et al., arXiv 2110.02861, as in bitsandbytes' create_dynamic_map).
     """
     values = [0.0, 1.0]
     for decade in range(7):
@@ -80,7 +82,9 @@ def _midpoints() -> Floats:
     return np.asarray((values[:-1] + values[1:]) / np.float32(2), dtype=np.float32)
 
 
-BUCKET_SHIFT = 18  # a bucket is the sign, the exponent and 5 bits of mantissa of an fp32: it holds few midpoints
+BUCKET_SHIFT = (
+    18  # a bucket is the sign, the exponent and 5 bits of mantissa of an fp32: it holds few midpoints
+)
 BUCKETS = 1 << (32 - BUCKET_SHIFT)
 
 
@@ -94,7 +98,8 @@ def _first_codes() -> npt.NDArray[np.uint8]:
 
 
 def nearest_codes(relative: Floats) -> Bytes:
-    """Code of the nearest value of the dynamic map for numbers in [-1, 1]: the number of midpoints below them.
+    """Code of the nearest value of the dynamic map for numbers in [-1, 1]: the number of midpoints below
+    them.
 
     A table finds nearly all of it at once; numbers whose bucket holds midpoints take a step for each.
     """

@@ -1,4 +1,6 @@
-"""The dense chunks of a codec: tensors that travel whole. Works tile by tile, so that extra memory stays bounded."""
+"""The dense chunks of a codec: tensors that travel whole. Works tile by tile, so that extra memory stays
+bounded.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,15 @@ class DensePart:
         done = 0
         for index in self._tensor_ids(self._layout.num_sparse, self._layout.num_chunks):
             numel = self._layout.numels[index]
-            values[done : done + numel].view(tensors[index].shape).add_(tensors[index].detach().to(values.device))
+            values[done : done + numel].view(tensors[index].shape).add_(
+                tensors[index].detach().to(values.device)
+            )
             done += numel
 
     def send(self, values: torch.Tensor, first: int, end: int) -> bytes:
-        """Bytes of chunks first to end, whose elements are `values` fp32; subtracts what a reader will make of them."""
+        """Bytes of chunks first to end, whose elements are `values` fp32; subtracts what a reader will make
+        of them.
+        """
         flat = values.numpy()
         scales, elements = [], []
         for a, b in self._tiles(first, end):

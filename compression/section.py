@@ -123,7 +123,8 @@ class SectionFormat:
         scales = section.dense[width * before : width * (before + chunks)]
         elements = section.dense[width * (section.end_dense - section.first_dense) :]
         begin, end = (
-            int(offset[chunk] - offset[section.first_dense]) * self.dense_bits // 8 for chunk in (first_dense, end_dense)
+            int(offset[chunk] - offset[section.first_dense]) * self.dense_bits // 8
+            for chunk in (first_dense, end_dense)
         )
         dense = b"".join([scales.tobytes(), elements[begin:end].tobytes()])
         return self.join(np.diff(bounds), [groups], dense)

@@ -73,17 +73,17 @@ def seal(
     return b"".join([head, *parts])
 
 
-def open_header(data: bytes | memoryview, kinds: Sequence[int]) -> tuple[Header, memoryview]:
-    """Check a header and the checksum; returns it with the body.
+def open_header(
+    data: bytes | memoryview, kinds: Sequence[int], *, checksum: bool = True
+) -> tuple[Header, memoryview]:
+    """Check a header and, unless that has been done, the checksum; returns the header with the body.
 
     Raises PayloadError: "too-short", "bad-magic", "bad-version", "bad-kind", "bad-length", "bad-checksum".
     """
     view = memoryview(data)
     if len(view) < HEADER_BYTES:
         raise PayloadError("too-short", f"{len(view)} bytes are fewer than a header's {HEADER_BYTES}")
-    magic, version, kind, num, codec, run, round, first, count, checksum, body_bytes = _HEADER.unpack_from(
-        view
-    )
+    magic, version, kind, num, codec, run, round, first, count, found, body_bytes = _HEADER.unpack_from(view)
     if magic != MAGIC:
         raise PayloadError("bad-magic", f"begins with {magic!r}, not {MAGIC!r}")
     if version != VERSION:
@@ -93,10 +93,11 @@ def open_header(data: bytes | memoryview, kinds: Sequence[int]) -> tuple[Header,
     body = view[HEADER_BYTES:]
     if len(body) != body_bytes:
         raise PayloadError("bad-length", f"the header claims {body_bytes} bytes of body, {len(body)} came")
-    head = bytearray(view[:HEADER_BYTES])
-    head[_CHECKSUM_AT : _CHECKSUM_AT + 4] = bytes(4)
-    if zlib.crc32(body, zlib.crc32(head)) != checksum:
-        raise PayloadError("bad-checksum", "the bytes are not those that were sent")
+    if checksum:
+        head = bytearray(view[:HEADER_BYTES])
+        head[_CHECKSUM_AT : _CHECKSUM_AT + 4] = bytes(4)
+        if zlib.crc32(body, zlib.crc32(head)) != found:
+            raise PayloadError("bad-checksum", "the bytes are not those that were sent")
     return Header(kind, num, codec, run, round, first, count, body_bytes), body
 
 

@@ -23,11 +23,12 @@ from hivemind.proto import averaging_pb2
 from hivemind.utils import get_dht_time
 
 from dtrain.compression.codec import Codec
+from dtrain.dht.faults import FaultPlan, spoil_hello
 from dtrain.dht.history import RoundHistory, RoundRecord, parse_round
 from dtrain.dht.matchmaking import RoundMatchmaking, Ticket
 from dtrain.dht.membership import Contribution, agree_on_members, pack_hello
 from dtrain.dht.rounds import RoundRunner
-from dtrain.dht.streams import StreamError, answer, ask, next_message, parse_header
+from dtrain.dht.streams import StreamError, answer, ask, in_background, next_message, parse_header
 
 REQUEST_TIMEOUT_S = 3.0  # a leader that does not answer within this is passed over
 MIN_MATCHMAKING_S = 4.0  # must exceed the request timeout, or hivemind's search can deadlock
@@ -50,6 +51,7 @@ class RunTerms:
     round_timeout_s: float
     sender_timeout_s: float
     exact_up_to: int
+    max_weight: float  # tokens that one worker can be credited with per round
 
     @property
     def run_tag(self) -> bytes:
@@ -70,6 +72,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         offer_state: Callable[[dict[str, Any]], Awaitable[Reply]],
         *,
         client_mode: bool,
+        faults: FaultPlan,
     ):
         super().__init__(
             [torch.zeros(1)],  # our tensors travel as payloads; hivemind's own list stays a token
@@ -85,6 +88,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         self.schema_hash = terms.manifest_hash  # peers of another manifest are refused while matchmaking
         self.history = RoundHistory()
         self._runners: OrderedDict[bytes, RoundRunner] = OrderedDict()
+        self._faults = faults
         self._residual: torch.Tensor | None = None
         self._group_registered = asyncio.Condition()
 
@@ -111,9 +115,10 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         `expected()` is the number of live peers, ourselves included.
         """
         started, now = time.monotonic(), get_dht_time()
+        said = spoil_hello(contribution, self._faults.happen("matchmaking", contribution.round))
         patience_s = max(MIN_MATCHMAKING_S, self.terms.matchmaking_s)
         ticket = Ticket(
-            data_for_gather=pack_hello(contribution, reduces=not self.client_mode),
+            data_for_gather=pack_hello(said, reduces=not self.client_mode),
             scheduled_time=now + patience_s,
             deadline=now + patience_s + 2 * MIN_MATCHMAKING_S,
         )
@@ -128,7 +133,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         self, group: GroupInfo, *, contribution: Contribution, wait_s: float
     ) -> RoundRecord:
         started = time.monotonic()
-        members = agree_on_members(group.peer_ids, group.gathered, contribution.round)
+        members = agree_on_members(group.peer_ids, group.gathered, contribution.round, self.terms.max_weight)
         ids = [member.peer_id for member in members]
         if str(self.peer_id) not in ids:
             self._running_groups[group.group_id].cancel()
@@ -146,10 +151,13 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             call=lambda j, name: self.method(ids[j], name),
             round_timeout_s=self.terms.round_timeout_s,
             sender_timeout_s=self.terms.sender_timeout_s,
+            faults=self._faults,
+            disconnect=self._disconnect,
         )
         self._running_groups[group.group_id].set_result(runner)
         await self._register(runner)
         await runner.run()
+        self._faults.happen("before-report", contribution.round)
         record = runner.record(wait_s=wait_s, exchange_s=time.monotonic() - started)
         self.history.keep(record)
         return record
@@ -196,6 +204,10 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         self.history.keep(record)
         return record
 
+    def _disconnect(self, peer_id: str) -> None:
+        """A planned fault: the connection to one peer breaks, with every stream in it."""
+        in_background(self._p2p._client.disconnect(PeerID.from_base58(peer_id)))
+
     async def _register(self, runner: RoundRunner) -> None:
         async with self._group_registered:
             self._runners[runner.group_id] = runner
@@ -233,13 +245,20 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
     ) -> AsyncIterator[BytesValue]:
         """A groupmate's section of our span; the reply is the span's aggregate."""
 
+        runner: RoundRunner | None = None
+
         async def handle() -> Reply:
+            nonlocal runner
             first = await next_message(stream, self.terms.sender_timeout_s)
             header = parse_header(first.value, MAX_HEADER_SIZE_FIELD)
             runner = await self._runner_of(header.get("group"))
             return await runner.serve_part(str(context.remote_id), header, stream)
 
-        async for message in answer(stream, handle):
+        def on_sent(sent: int, total: int) -> None:
+            if runner is not None:
+                runner.sent_aggregate(str(context.remote_id), sent, total)
+
+        async for message in answer(stream, handle, on_sent):
             yield message
 
     async def rpc_fetch_span(

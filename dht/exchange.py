@@ -14,6 +14,7 @@ from dtrain.dht import ipc
 from dtrain.dht.process import RESTART_PAUSE_S, ConnectionLost, ExchangeError, NetworkProcess
 
 CONNECT_TIMEOUT_S = 60.0
+OPEN_TIMEOUT_S = 600.0  # on a machine's first run the codec is compiled meanwhile
 STATE_TIMEOUT_S = 24 * 3600.0
 
 
@@ -126,6 +127,7 @@ class DhtExchange:
         round_timeout_s: float,
         sender_timeout_s: float,
         exact_up_to: int,
+        max_weight: float,
         heartbeat_s: float,
         heartbeat_ttl_s: float,
     ) -> None:
@@ -142,6 +144,7 @@ class DhtExchange:
                 "round_timeout_s": round_timeout_s,
                 "sender_timeout_s": sender_timeout_s,
                 "exact_up_to": exact_up_to,
+                "max_weight": float(max_weight),
             },
             "heartbeat_s": heartbeat_s,
             "heartbeat_ttl_s": heartbeat_ttl_s,
@@ -149,7 +152,7 @@ class DhtExchange:
         }
         self._heartbeat_ttl_s = heartbeat_ttl_s
         self._round_limit_s = 2 * matchmaking_s + 2 * round_timeout_s + 2 * sender_timeout_s + 60.0
-        self.process.command("open_run", **self._run)
+        self.process.command("open_run", timeout_s=OPEN_TIMEOUT_S, **self._run)
         self.process.set_up = self._come_back
         threading.Thread(target=self._beat, args=(heartbeat_s,), daemon=True, name="heartbeat").start()
 
@@ -157,7 +160,7 @@ class DhtExchange:
         """A new network process takes the place of one that died: same identity, same run."""
         self._past_traffic, self._traffic = self.traffic(), (0, 0)
         self.connect()
-        self.process.command("open_run", **self._run)
+        self.process.command("open_run", timeout_s=OPEN_TIMEOUT_S, **self._run)
         self._announce()
 
     def _known_addresses(self) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from hivemind.dht.node import DHTNode
 from hivemind.utils import get_dht_time
 
 from dtrain.dht.records import pack_status, unpack_status
+
+HURRY = 6  # how many times more often the swarm is looked at while a group is sought
 
 # States in which a worker takes part in no round; see `dtrain.trainer.exchange.ABSENT`.
 ABSENT = ("joining", "finished", "leaving", "stopped")
@@ -44,6 +47,7 @@ class Heartbeats:
         self._node, self._key = node, f"{prefix}.workers"
         self.ttl_s, self._poll_s = ttl_s, poll_s
         self._own_id = node.peer_id.to_bytes()
+        self._wake, self._in_a_hurry = asyncio.Event(), False
         self._others: dict[str, PeerRecord] = {}
         self.status: dict[str, Any] = {"round": 0, "digest": "", "state": "joining", "work": 0.0}
 
@@ -61,7 +65,21 @@ class Heartbeats:
         """Read everybody's heartbeat, over and over. Runs until cancelled."""
         while True:
             await self.refresh()
-            await asyncio.sleep(self._poll_s)
+            self._wake.clear()
+            try:
+                await asyncio.wait_for(self._wake.wait(), self._poll_s / (HURRY if self._in_a_hurry else 1))
+            except asyncio.TimeoutError:
+                pass
+
+    @contextmanager
+    def hurrying(self) -> Iterator[None]:
+        """Poll more often while a group is sought: whoever comes or goes then is waited for, or not."""
+        self._in_a_hurry = True
+        self._wake.set()
+        try:
+            yield
+        finally:
+            self._in_a_hurry = False
 
     async def refresh(self) -> None:
         found = await self._node.get(self._key, latest=True)

@@ -53,7 +53,9 @@ def decode(text: str) -> Invite:
         raise InviteError(
             f"the invite has version {version!r:.20}; this dtrain reads {_VERSION}: upgrade dtrain"
         )
-    run_id, manifest_hash, organizer, addresses = fields if len(fields) == 4 else (None,) * 4
+    if len(fields) != 4:
+        raise InviteError("the invite cannot be read; ask for a new one")
+    run_id, manifest_hash, organizer, addresses = fields
     fits = (
         isinstance(run_id, str)
         and isinstance(manifest_hash, bytes)

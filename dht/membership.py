@@ -10,7 +10,7 @@ from typing import Any
 import msgpack
 
 PROTOCOL_VERSION = 1
-MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e12  # tokens; the codec refuses to reduce weights below the first
+MIN_WEIGHT = 1e-9  # tokens; the codec refuses to reduce weights below it
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ def pack_hello(contribution: Contribution, *, reduces: bool) -> bytes:
     return hello
 
 
-def agree_on_members(peer_ids: Sequence[object], gathered: Sequence[bytes], round: int) -> list[Member]:
+def agree_on_members(
+    peer_ids: Sequence[object], gathered: Sequence[bytes], round: int, max_weight: float = 1e12
+) -> list[Member]:
     """The largest set of groupmates that stand at `round` with one base digest, in canonical order.
 
     Everybody in the group got the same metadata from the leader, so everybody comes to the same answer. Ties go to
@@ -55,7 +57,7 @@ def agree_on_members(peer_ids: Sequence[object], gathered: Sequence[bytes], roun
     """
     sets: dict[bytes, list[Member]] = {}
     for peer_id, raw in zip(peer_ids, gathered):
-        hello = _parse_hello(raw)
+        hello = _parse_hello(raw, max_weight)
         if hello is not None and hello["round"] == round:
             member = Member(str(peer_id), hello["weight"], hello["reduces"])
             sets.setdefault(hello["digest"], []).append(member)
@@ -70,7 +72,7 @@ def agree_on_members(peer_ids: Sequence[object], gathered: Sequence[bytes], roun
     return sorted(sets[max(sets, key=rank)], key=lambda member: member.peer_id)
 
 
-def _parse_hello(raw: bytes) -> dict[str, Any] | None:
+def _parse_hello(raw: bytes, max_weight: float) -> dict[str, Any] | None:
     try:
         hello: dict[str, Any] = msgpack.unpackb(raw)
         fits = (
@@ -79,7 +81,7 @@ def _parse_hello(raw: bytes) -> dict[str, Any] | None:
             and isinstance(hello["digest"], bytes)
             and len(hello["digest"]) == 32
             and isinstance(hello["weight"], float)
-            and MIN_WEIGHT <= hello["weight"] <= MAX_WEIGHT
+            and MIN_WEIGHT <= hello["weight"] <= max_weight
             and isinstance(hello["reduces"], bool)
         )
     except Exception:  # one peer's garbage must not fail the group

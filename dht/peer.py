@@ -27,8 +27,10 @@ from hivemind.utils import get_dht_time
 from dtrain.compression.codec import Codec
 from dtrain.compression.errors import PayloadError
 from dtrain.compression.spec import CodecSpec
-from dtrain.dht import ipc, rendezvous
+from dtrain.compression.warm_up import warm_up
+from dtrain.dht import ipc, rendezvous, streams
 from dtrain.dht.averager import RunTerms, SwarmAverager
+from dtrain.dht.faults import PIECE_BYTES, FaultPlan
 from dtrain.dht.heartbeats import Heartbeats
 from dtrain.dht.history import RoundRecord
 from dtrain.dht.identity import IdentityError, load_or_create
@@ -87,6 +89,8 @@ class NetworkPeer:
         except Exception as error:
             logging.exception("command %s failed", message["do"])
             reply = {"id": message["id"], "error": f"internal error: {error!r:.300}"}
+        if hasattr(self, "_heartbeats"):
+            self._show_swarm()  # with the bytes that the command cost
         self._send(reply)
 
     def _send(self, message: ipc.Message) -> None:
@@ -139,14 +143,19 @@ class NetworkPeer:
         """Begin to take part in a run."""
         terms = RunTerms(**args["terms"])
         shapes = [(name, tuple(shape)) for name, shape in args["shapes"]]
-        self._codec = await asyncio.to_thread(Codec, CodecSpec.from_dict(args["codec"]), shapes)
+        spec = CodecSpec.from_dict(args["codec"])
+        await asyncio.to_thread(warm_up, spec)
+        self._codec = await asyncio.to_thread(Codec, spec, shapes)
         self._terms = terms
         self._heartbeats = Heartbeats(
-            self._node, terms.prefix, ttl_s=args["heartbeat_ttl_s"], poll_s=args["heartbeat_s"] / 4
+            self._node, terms.prefix, ttl_s=args["heartbeat_ttl_s"], poll_s=args["heartbeat_s"]
         )
+        faults = FaultPlan.from_environment(args["worker_pid"])
+        if faults:
+            streams.PIECE_BYTES = PIECE_BYTES
         self._donor = StateDonor(self._make_snapshot)
         self._averager = SwarmAverager(
-            terms, self._codec, LocalDht(self._node), self._donor.offer, client_mode=False
+            terms, self._codec, LocalDht(self._node), self._donor.offer, client_mode=False, faults=faults
         )
         await self._averager.open(self._p2p)
         self._tasks.append(asyncio.create_task(self._publish_manifest(args["run_id"], args["manifest"])))
@@ -169,13 +178,22 @@ class NetworkPeer:
         """Take part in a round; the reply's "verdict" is one of trainer/exchange.py's."""
         contribution = Contribution(args["round"], args["base_digest"], args["payload"], args["weight"])
         started = time.monotonic()
-        await self._heartbeats.refresh()
+        with self._heartbeats.hurrying():
+            await self._heartbeats.refresh()
+            return await self._meet(contribution, started)
+
+    async def _meet(self, contribution: Contribution, started: float) -> Args:
         while True:
             if self._heartbeats.ahead():
                 return {"verdict": "stale"}
             if not self._heartbeats.active():
                 return self._verdict("alone", await self._averager.run_alone(contribution))
             record = await self._averager.run_round(contribution, self._expected)
+            if record is not None and not record.aggregates and not record.stale:
+                return {
+                    "verdict": "no-group",
+                    "problem": f"no span reached anybody: {'; '.join(record.problems)}",
+                }
             if record is not None:
                 return self._verdict("stale" if record.stale else "done", record)
             others = self._heartbeats.active()

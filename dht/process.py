@@ -138,8 +138,12 @@ class NetworkProcess:
         value = None
         try:
             value = self._on_question(question)
-        finally:
+        except Exception as error:  # e.g. a full disk: the newcomer asks another donor
+            logging.warning("a newcomer's question for our %s failed: %s", question, error)
+        try:
             self._send({"answer": number, "value": value})
+        except ConnectionLost:
+            pass  # with the process went who wanted to know
 
     def _restart(self, lost: socket.socket) -> None:
         """Replace the child behind `lost`, over and over until the new one is set up.

@@ -8,6 +8,7 @@ that no reachable member has is missing for all of them alike.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from dtrain.compression.codec import Codec
 from dtrain.compression.errors import PayloadError
+from dtrain.dht.faults import FaultPlan
 from dtrain.dht.history import RoundRecord
 from dtrain.dht.membership import Member
 from dtrain.dht.streams import Header, Refused, StreamError, ask, read_blob
@@ -46,6 +48,8 @@ class RoundRunner:
         call: CallPeer,
         round_timeout_s: float,
         sender_timeout_s: float,
+        faults: FaultPlan | None = None,
+        disconnect: Callable[[str], None] = lambda peer_id: None,
     ):
         self.codec, self.run_tag, self.round, self.group_id = codec, run, round, group_id
         self.base_digest = base_digest
@@ -55,6 +59,9 @@ class RoundRunner:
         self._residual = residual
         self._round_timeout_s, self._sender_timeout_s = round_timeout_s, sender_timeout_s
         self._deadline = time.monotonic() + round_timeout_s
+        # Reducers stop waiting for senders after the sender's timeout: who has not answered well after it will not.
+        self._patience_s = (round_timeout_s + sender_timeout_s) / 2
+        self._faults, self._disconnect = faults or FaultPlan(), disconnect
         self.aggregates: dict[int, bytes] = {}
         self._status = {j: TRYING for j in range(len(members)) if self.spans[j][1]}
         self._inbox: dict[int, bytes] = {}
@@ -106,7 +113,7 @@ class RoundRunner:
 
     async def _collect(self, j: int) -> None:
         try:
-            aggregate = await asyncio.wait_for(self._from_reducer(j), self._left_s())
+            aggregate = await asyncio.wait_for(self._from_reducer(j), self._patience_s)
         except asyncio.TimeoutError:
             aggregate = None
             self._problems.append(f"{self.members[j].peer_id} did not answer within the round's timeout")
@@ -126,10 +133,11 @@ class RoundRunner:
                 _, aggregate = await ask(
                     self._call(j, "rpc_aggregate_part"),
                     header,
-                    self._sections[j],
+                    self._faults.spoil("section", self.round, self._sections[j]),
                     max_bytes=self._max_aggregate_bytes(j),
                     timeout_s=self._sender_timeout_s,
                     reply_timeout_s=self._left_s(),
+                    on_sent=functools.partial(self._sent_section, j),
                 )
                 self._check_aggregate(j, aggregate)
                 return aggregate
@@ -195,6 +203,18 @@ class RoundRunner:
     def _max_aggregate_bytes(self, j: int) -> int:
         return self.codec.max_aggregate_bytes(*self.spans[j], len(self.members))
 
+    # ------------------------------------------------------------------ planned faults
+
+    def _sent_section(self, j: int, sent: int, total: int) -> None:
+        for point in ("first-part-sent", "half-sent") if 2 * sent >= total else ("first-part-sent",):
+            if self._faults.happen(point, self.round) == "close":
+                self._disconnect(self.members[j].peer_id)
+
+    def sent_aggregate(self, member_id: str, sent: int, total: int) -> None:
+        """Part of our span's aggregate has gone to a member."""
+        if 2 * sent >= total and self._faults.happen("half-delivered", self.round) == "close":
+            self._disconnect(member_id)
+
     # ------------------------------------------------------------------ reducing
 
     def _accept(self, sender: int, section: bytes) -> None:
@@ -231,6 +251,7 @@ class RoundRunner:
             first_chunk=first,
             num_chunks=count,
         )
+        self._faults.happen("reduced", self.round)
         self._own_aggregate.set_result(aggregate)
 
     def _drop_the_slow(self) -> None:
@@ -263,7 +284,8 @@ class RoundRunner:
         self._accept(sender, section)
         try:
             # Shielded: a caller that hangs up must not cancel the result that all the others wait for.
-            return {}, await asyncio.wait_for(asyncio.shield(self._own_aggregate), self._left_s())
+            aggregate = await asyncio.wait_for(asyncio.shield(self._own_aggregate), self._left_s())
+            return {}, self._faults.spoil("aggregate", self.round, aggregate)
         except asyncio.CancelledError:
             if self._own_aggregate.cancelled():
                 raise StreamError("the span was not reduced in time") from None

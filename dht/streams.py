@@ -25,6 +25,7 @@ ACKNOWLEDGE_S = 5.0  # longest wait for a caller's end-of-stream
 HANG_UP_S = 2.0
 
 Header = dict[str, Any]
+OnSent = Callable[[int, int], None]
 Call = Callable[[AsyncIterator[BytesValue]], Awaitable[AsyncIterator[BytesValue]]]
 
 _background: set[asyncio.Task[None]] = set()
@@ -76,7 +77,7 @@ async def read(
     header_timeout_s: float | None = None,
     on_bytes: Callable[[Header, bytes], None] | None = None,
 ) -> tuple[Header, bytes]:
-    """Read one header and its blob; `timeout_s` bounds the wait for each message, but for the header if that has its own.
+    """Read one header and its blob; `timeout_s` bounds the wait for each message, `header_timeout_s` for the first.
 
     With `on_bytes(header, piece)` the pieces go there instead and the returned blob is empty.
     Raises StreamError, or asyncio.TimeoutError when the other side stalls.
@@ -129,6 +130,7 @@ async def ask(
     timeout_s: float,
     reply_timeout_s: float | None = None,
     on_bytes: Callable[[Header, bytes], None] | None = None,
+    on_sent: OnSent | None = None,
 ) -> tuple[Header, bytes]:
     """Send a header and blob, return the reply's header and blob, then hang up (which acknowledges).
 
@@ -138,7 +140,7 @@ async def ask(
     acknowledged = asyncio.Event()
 
     async def requests() -> AsyncIterator[BytesValue]:
-        for message in messages(header, blob):
+        async for message in _watched(header, blob, on_sent):
             yield message
         await acknowledged.wait()
 
@@ -159,6 +161,7 @@ async def ask(
 async def answer(
     requests: AsyncIterator[BytesValue],
     handle: Callable[[], Awaitable[tuple[Mapping[str, Any], bytes | memoryview]]],
+    on_sent: OnSent | None = None,
 ) -> AsyncIterator[BytesValue]:
     """The answering side: run `handle`, send its header and blob (or why not), wait for the acknowledgement.
 
@@ -176,12 +179,23 @@ async def answer(
         header, blob = {"refused": "internal error"}, b""
     for message in messages(header, blob):
         yield message
-    if (
-        stalled
-    ):  # the read that was given up has closed `requests`: only a hang-up, which cancels us, is heard
+    if stalled:
+        # The read that was given up has closed `requests`: only a hang-up, which cancels us, is heard.
         await asyncio.sleep(ACKNOWLEDGE_S)
     else:
         await _until_acknowledged(requests)
+
+
+async def _watched(
+    header: Mapping[str, Any], blob: bytes | memoryview, on_sent: OnSent | None
+) -> AsyncIterator[BytesValue]:
+    """The messages; `on_sent(bytes of the blob handed over so far, bytes in all)` after each piece."""
+    sent = -1
+    for message in messages(header, blob):
+        yield message
+        sent = 0 if sent < 0 else sent + len(message.value)
+        if on_sent is not None and sent > 0:
+            on_sent(sent, len(blob))
 
 
 async def _until_acknowledged(requests: AsyncIterator[Any]) -> None:

@@ -11,7 +11,8 @@ from dtrain.experiments.demo_process import DemoProcess
 from dtrain.experiments.demo_watch import SwarmView, WorkerView
 from dtrain.trainer.errors import RunError
 
-START_SLOWDOWN = 1.5  # starting beside workers that train takes longer than starting before them
+START_SLOWDOWN = 2.0  # starting beside workers that train takes longer than starting before them
+EXCHANGE_S = 1.0  # what a round takes beside its inner steps, about
 MIN_CAST = 4  # one leaves, one is killed, and two must be left to compare
 ORIGINS = {
     "peers": "with the weights of its peers",
@@ -139,11 +140,12 @@ class Cast:
                 self._bring_in(member)
 
     def _round_s(self, done: int) -> float:
-        """How long a round takes here; before the first is done, as long as its inner steps need."""
+        """How long a round takes here; before the first is done, as far as its first steps tell."""
         if done:
             return (time.monotonic() - self.training_since) / done
         views = [member.view for member in self.members if member.view.tokens_per_s > 0]
-        return max((v.inner_steps * v.tokens / v.step / v.tokens_per_s for v in views), default=float("inf"))
+        steps_s = (view.inner_steps * view.tokens / view.step / view.tokens_per_s for view in views)
+        return EXCHANGE_S + max(steps_s, default=float("inf"))
 
     def _bring_in(self, member: Member) -> None:
         member.process = self.start(member)

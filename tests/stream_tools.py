@@ -2,7 +2,7 @@
 
 As in hivemind, the answering side hangs up when its handler ends, and a caller that hangs up cancels the handler. When
 the answering side hangs up first, every message that the caller has not read yet is lost: on real streams that happens
-now and then (`dtrain/dht/streams.py` tells why), here always.
+now and then (`dtrain/dht/streams.py` tells why), here always, unless a test wants it otherwise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ PREFETCH = 5  # messages that hivemind reads ahead of a handler
 class Line:
     """A telephone line: `call(handler)` is what a hivemind stub's streaming method would be."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, loses: bool = True) -> None:
+        self.loses = loses
         self.num_calls = 0
         self.num_hung_up_first = 0
         """Calls in which the answering side hung up before the caller's end of stream."""
@@ -64,7 +65,7 @@ class _Connection:
         finally:
             if not self._caller_done:
                 self._line.num_hung_up_first += 1
-                while not self._outbox.empty():
+                while self._line.loses and not self._outbox.empty():
                     self._outbox.get_nowait()
             self._outbox.put_nowait(None)
             self._line.open -= 1

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,17 @@ DEADLINE_S = 150.0  # generous: the test machine may be busy with other things
 class WorkerProcess:
     """One `dtrain worker` and its folder."""
 
-    def __init__(self, run_id: str, name: str, base: Path, *flags: str):
+    def __init__(
+        self, run_id: str, name: str, base: Path, *flags: str, env: Mapping[str, str] | None = None
+    ):
         self.name, self.folder = name, base / name
         self.log = base / f"{name}.log"
         command = [sys.executable, "-m", "dtrain.trainer.cli", "worker", "--run-id", run_id, "--name", name]
         command += ["--folder", str(self.folder), "--host", "127.0.0.1", "--threads", "1", *flags]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "DTRAIN_RUNTIME_DIR": str(base / "runtime")}
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "DTRAIN_RUNTIME_DIR": str(base / "runtime")}
+        variables.update(env or {})
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """What the worker has written so far of one kind of event."""
@@ -92,8 +95,8 @@ class Swarm:
         self.run_id, self.base = run_id, base
         self.workers: list[WorkerProcess] = []
 
-    def start(self, name: str, *flags: str) -> WorkerProcess:
-        worker = WorkerProcess(self.run_id, name, self.base, *flags)
+    def start(self, name: str, *flags: str, env: Mapping[str, str] | None = None) -> WorkerProcess:
+        worker = WorkerProcess(self.run_id, name, self.base, *flags, env=env)
         self.workers.append(worker)
         return worker
 

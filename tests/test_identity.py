@@ -101,7 +101,9 @@ def test_only_the_owner_signs(pair: tuple[Identity, Identity]) -> None:
     assert not verify(a.peer_id_bytes, b"message", bytes([signature[0] ^ 1]) + signature[1:])
 
 
-@given(owner=st.binary(max_size=50), key=st.binary(min_size=32, max_size=32), signature=st.binary(max_size=100))
+@given(
+    owner=st.binary(max_size=50), key=st.binary(min_size=32, max_size=32), signature=st.binary(max_size=100)
+)
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_garbage_never_verifies_and_never_raises(owner: bytes, key: bytes, signature: bytes) -> None:
     """Whatever a peer id or a signature is made of, the answer is False and no exception."""

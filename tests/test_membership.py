@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 
 from dtrain.compression import wire
 from dtrain.dht.membership import (
-    MAX_WEIGHT,
     MIN_WEIGHT,
     PROTOCOL_VERSION,
     Contribution,
@@ -22,7 +22,7 @@ from dtrain.dht.membership import (
     pack_hello,
 )
 
-ROUND = 7
+ROUND, MAX_WEIGHT = 7, 1e6
 DIGESTS = [bytes([n]) * 32 for n in range(3)]
 
 
@@ -32,8 +32,18 @@ def hello(digest: int = 0, weight: float = 1.0, round: int = ROUND, reduces: boo
 
 def raw(**changes: Any) -> bytes:
     """A hello with anything in it."""
-    fields = {"version": PROTOCOL_VERSION, "round": ROUND, "digest": DIGESTS[0], "weight": 1.0, "reduces": True}
+    fields = {
+        "version": PROTOCOL_VERSION,
+        "round": ROUND,
+        "digest": DIGESTS[0],
+        "weight": 1.0,
+        "reduces": True,
+    }
     return bytes(msgpack.packb({**fields, **changes}))
+
+
+def agree(peer_ids: Sequence[object], gathered: Sequence[bytes]) -> list[Member]:
+    return agree_on_members(peer_ids, gathered, ROUND, MAX_WEIGHT)
 
 
 def ids(members: list[Member]) -> list[str]:
@@ -42,7 +52,7 @@ def ids(members: list[Member]) -> list[str]:
 
 def test_members_are_as_they_said() -> None:
     """Weight and whether a peer reduces come out as the peer said them, in the order of the peer ids."""
-    agreed = agree_on_members(["b", "a"], [hello(weight=3.0), hello(weight=5.0, reduces=False)], ROUND)
+    agreed = agree(["b", "a"], [hello(weight=3.0), hello(weight=5.0, reduces=False)])
     assert agreed == [Member("a", 5.0, False), Member("b", 3.0, True)]
 
 
@@ -67,7 +77,7 @@ def test_everybody_comes_to_the_same_answer(hellos: list[bytes], seed: int) -> N
     """The order in which the leader lists the group does not matter, ties included."""
     group = [(f"peer{i}", blob) for i, blob in enumerate(hellos)]
     shuffled = random.Random(seed).sample(group, len(group))
-    agreed = [agree_on_members([p for p, _ in order], [h for _, h in order], ROUND) for order in (group, shuffled)]
+    agreed = [agree([p for p, _ in order], [h for _, h in order]) for order in (group, shuffled)]
     assert agreed[0] == agreed[1]
     assert ids(agreed[0]) == sorted(ids(agreed[0]))
     assert not agreed[0] or any(member.reduces for member in agreed[0])
@@ -76,23 +86,27 @@ def test_everybody_comes_to_the_same_answer(hellos: list[bytes], seed: int) -> N
 def test_the_majority_goes_on() -> None:
     """The larger set wins; of equal ones that with more weight; of equal weights the smaller digest."""
     four = ["a", "b", "c", "d"]
-    assert ids(agree_on_members(four, [hello(1), hello(0, 9.0), hello(1), hello(1)], ROUND)) == ["a", "c", "d"]
-    assert ids(agree_on_members(four, [hello(0), hello(1), hello(0), hello(1, 1.5)], ROUND)) == ["b", "d"]
-    assert ids(agree_on_members(four, [hello(1), hello(0), hello(1), hello(0)], ROUND)) == ["b", "d"]
+    assert ids(agree(four, [hello(1), hello(0, 9.0), hello(1), hello(1)])) == [
+        "a",
+        "c",
+        "d",
+    ]
+    assert ids(agree(four, [hello(0), hello(1), hello(0), hello(1, 1.5)])) == ["b", "d"]
+    assert ids(agree(four, [hello(1), hello(0), hello(1), hello(0)])) == ["b", "d"]
 
 
 def test_who_stands_at_another_round_is_left_out() -> None:
     """A stale or premature peer is no member."""
-    agreed = agree_on_members(["a", "b", "c"], [hello(round=ROUND - 1), hello(), hello(round=ROUND + 1)], ROUND)
+    agreed = agree(["a", "b", "c"], [hello(round=ROUND - 1), hello(), hello(round=ROUND + 1)])
     assert ids(agreed) == ["b"]
 
 
 def test_somebody_has_to_reduce() -> None:
     """A set in which nobody can be dialled is not chosen, however large; with no other set there is no round."""
     unreachable = [hello(0, reduces=False)] * 3
-    assert ids(agree_on_members(["a", "b", "c", "d"], [*unreachable, hello(1)], ROUND)) == ["d"]
-    assert agree_on_members(["a", "b", "c"], unreachable, ROUND) == []
-    assert agree_on_members([], [], ROUND) == []
+    assert ids(agree(["a", "b", "c", "d"], [*unreachable, hello(1)])) == ["d"]
+    assert agree(["a", "b", "c"], unreachable) == []
+    assert agree([], []) == []
 
 
 @pytest.mark.parametrize(
@@ -123,8 +137,8 @@ def test_somebody_has_to_reduce() -> None:
 )
 def test_one_peers_garbage_changes_nothing_for_the_others(bad: bytes) -> None:
     """Who says something impossible is left out, and the others' round is as it would have been without it."""
-    good = agree_on_members(["a", "c"], [hello(), hello(weight=2.0)], ROUND)
-    assert agree_on_members(["a", "b", "c"], [hello(), bad, hello(weight=2.0)], ROUND) == good
+    good = agree(["a", "c"], [hello(), hello(weight=2.0)])
+    assert agree(["a", "b", "c"], [hello(), bad, hello(weight=2.0)]) == good
     assert ids(good) == ["a", "c"]
 
 
@@ -132,9 +146,9 @@ def test_one_peers_garbage_changes_nothing_for_the_others(bad: bytes) -> None:
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_garbage_never_raises(blob: bytes) -> None:
     """Arbitrary bytes are left out."""
-    assert ids(agree_on_members(["a", "b"], [hello(), blob], ROUND)) == ["a"]
+    assert ids(agree(["a", "b"], [hello(), blob])) == ["a"]
 
 
 def test_every_weight_that_is_agreed_on_can_be_reduced() -> None:
-    """The bounds on weights lie within those of the codec."""
-    assert wire.MIN_WEIGHT <= MIN_WEIGHT and MAX_WEIGHT <= wire.MAX_WEIGHT
+    """The smallest weight that is agreed on is not below the codec's; the largest is the manifest's."""
+    assert wire.MIN_WEIGHT <= MIN_WEIGHT

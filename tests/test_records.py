@@ -1,4 +1,4 @@
-"""Laws of the DHT's records: everybody writes under its own name only, for an hour at most, and nobody's record can hide
+"""Laws of the DHT's records: everybody writes under its own name only, for an hour at most, and nobody's record hides
 another's.
 """
 
@@ -129,8 +129,12 @@ def test_records_have_a_largest_size(owners: tuple[Identity, Identity]) -> None:
         assert SignedRecords(owners[1]).validate(record) == passes
 
 
-@pytest.mark.parametrize("value", [b"\xc1", b"\xdc\xff", b"", msgpack.packb([1]), msgpack.packb("text"), b"\x01\x01"])
-def test_a_value_that_readers_stumble_over_is_refused(value: bytes, owners: tuple[Identity, Identity]) -> None:
+@pytest.mark.parametrize(
+    "value", [b"\xc1", b"\xdc\xff", b"", msgpack.packb([1]), msgpack.packb("text"), b"\x01\x01"]
+)
+def test_a_value_that_readers_stumble_over_is_refused(
+    value: bytes, owners: tuple[Identity, Identity]
+) -> None:
     """hivemind unpacks all values of a key at once: one that is no msgpack would hide everybody else's."""
     record = DHTRecord(KEY, MSGPackSerializer.dumps(owners[0].peer_id_bytes), value, get_dht_time() + 10)
     assert not SignedRecords(owners[1]).validate(sealed(owners[0], record))
@@ -217,8 +221,10 @@ def test_a_status_is_complete(field: str) -> None:
     assert unpack_status(msgpack.packb({k: v for k, v in STATUS.items() if k != field})) is None
 
 
-@given(st.one_of(st.binary(max_size=200), st.recursive(st.none() | st.floats() | st.text(), st.lists).map(msgpack.packb)))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.binary(max_size=200) | st.recursive(st.none() | st.floats() | st.text(), st.lists).map(msgpack.packb)
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_garbage_is_no_status(blob: bytes) -> None:
     """Garbage, and well-packed garbage, is None; so is anything but bytes."""
     assert unpack_status(blob) is None
@@ -256,7 +262,9 @@ async def two_nodes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
             await daemon.shutdown()
 
 
-def test_a_forged_record_is_neither_stored_nor_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forged_record_is_neither_stored_nor_returned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of all that a hostile node sends to or keeps for the others, they see its own honest record only."""
 
     async def scenario() -> None:
@@ -273,8 +281,8 @@ def test_a_forged_record_is_neither_stored_nor_returned(tmp_path: Path, monkeypa
 
             def own(value: bytes) -> bytes:
                 """A value with a true signature of the hostile node, under its own subkey."""
-                identity, subkey = validator._identity, MSGPackSerializer.dumps(theirs)
-                return sealed(identity, DHTRecord(key.to_bytes(), subkey, value, expires + 1)).value
+                record = DHTRecord(key.to_bytes(), MSGPackSerializer.dumps(theirs), value, expires + 1)
+                return bytes(sealed(validator._identity, record).value)
 
             forgeries = {
                 "foreign": (b"\xc4\x05forge" + bytes(64), expires + 1, ours),

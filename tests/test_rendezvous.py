@@ -1,15 +1,17 @@
-"""Laws of how workers on one machine find each other: the living are found, the dead are cleared away, nothing crashes."""
+"""Laws of how workers on one machine find each other: the living are found, the dead are cleared away."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 from dtrain.dht import rendezvous
@@ -60,8 +62,8 @@ def test_without_a_variable_the_system_chooses(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "xdg"))
     assert rendezvous.folder() == tmp_path / "xdg" / "dtrain"
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    monkeypatch.setattr(rendezvous.platformdirs, "user_state_path", lambda name: tmp_path / "state" / name)
-    monkeypatch.setattr(rendezvous.socket, "gethostname", lambda: "host")
+    monkeypatch.setattr(platformdirs, "user_state_path", lambda name: tmp_path / "state" / name)
+    monkeypatch.setattr(socket, "gethostname", lambda: "host")
     assert rendezvous.folder() == tmp_path / "state" / "dtrain" / "host"
 
 

@@ -463,7 +463,10 @@ def test_a_leader_lingers_after_its_last_word(last: str, monkeypatch: pytest.Mon
 
     async def scenario() -> None:
         replies = lead(monkeypatch, says)
-        assert [(await replies.__anext__()).code for _ in range(2)] == [word("ACCEPTED").code, word(last).code]
+        assert [(await replies.__anext__()).code for _ in range(2)] == [
+            word("ACCEPTED").code,
+            word(last).code,
+        ]
         said_at = time.monotonic()
         with pytest.raises(StopAsyncIteration):
             await asyncio.wait_for(replies.__anext__(), PATIENCE_S)

@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from dtrain.trainer.worker import Worker
 
 MAX_WORKERS_IN_A_FOLDER = 64
+NOTICE_AFTER_S = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--max-tokens-per-s", type=float, default=0.0, help="train no faster than this; 0 = no limit"
     )
+    machine.add_argument("--audit", action="store_true", help="check every round that no delta is lost")
     machine.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations; 0 = never")
     machine.add_argument("--checkpoint-every", type=int, default=5, help="rounds between checkpoints")
     machine.add_argument("--keep-checkpoints", type=int, default=3, help="checkpoints that stay on disk")
@@ -131,10 +134,12 @@ def _start(
             find_manifest(exchange, run_id, invite) if peers else stored or begin_run(args, run_id, folder)
         )
         check_flags(args, proposed, signed.manifest)
+        warming = _warm_up(signed.manifest)
         metrics = stack.enter_context(_metrics(folder))
         worker = _build(args, signed, name, folder, exchange, metrics)
         (folder / "manifest.json").write_text(signed.to_json())
         _open_run(exchange, signed, worker)
+        warming.join()
     metrics.write(
         "start",
         name=name,
@@ -173,6 +178,22 @@ def _connect(args: argparse.Namespace, folder: Path, peers: list[str], stack: Ex
     return exchange
 
 
+def _warm_up(manifest: Manifest) -> threading.Thread:
+    """Compile the codec's kernels in the background, with a word if that takes a while (once per machine)."""
+    from dtrain.compression.warm_up import warm_up
+
+    thread = threading.Thread(target=warm_up, args=(manifest.codec,), name="warm-up")
+    thread.start()
+
+    def notice() -> None:
+        thread.join(NOTICE_AFTER_S)
+        if thread.is_alive():
+            _say("Compiling the codec for this machine; once only, about 20 s.")
+
+    threading.Thread(target=notice, daemon=True).start()
+    return thread
+
+
 def _build(
     args: argparse.Namespace,
     signed: SignedManifest,
@@ -190,6 +211,7 @@ def _build(
         device=args.device,
         threads=args.threads,
         max_tokens_per_s=args.max_tokens_per_s,
+        audit=args.audit,
         data=args.data,
         max_rounds=args.rounds,
         eval_every=args.eval_every,
@@ -211,6 +233,7 @@ def _open_run(exchange: DhtExchange, signed: SignedManifest, worker: Worker) -> 
         round_timeout_s=terms.round_timeout_s,
         sender_timeout_s=terms.sender_timeout_s,
         exact_up_to=terms.exact_up_to,
+        max_weight=manifest.max_weight,
         heartbeat_s=terms.heartbeat_s,
         heartbeat_ttl_s=terms.heartbeat_ttl_s,
     )

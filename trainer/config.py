@@ -216,6 +216,8 @@ class ExchangeConfig:
     """A round ends when all workers together have trained this many tokens; 0 = after train.inner_steps steps each."""
     round_deadline_s: float = 600.0
     """With round_tokens: a round's inner steps end after this many seconds at the latest."""
+    max_round_tokens: int = 0
+    """Most tokens that one worker can be credited with per round; 0 = 64 times a fixed round's. More is no weight."""
     exact_up_to: int = 4
     """Groups of up to this many workers exchange the exact union; larger ones compress each sum again."""
 
@@ -226,6 +228,9 @@ class ExchangeConfig:
             self.overlap in OVERLAPS, "exchange.overlap", f"be one of {', '.join(OVERLAPS)}", self.overlap
         )
         require(self.round_tokens >= 0, "exchange.round_tokens", "be at least 0", self.round_tokens)
+        require(
+            self.max_round_tokens >= 0, "exchange.max_round_tokens", "be at least 0", self.max_round_tokens
+        )
         require(self.exact_up_to >= 0, "exchange.exact_up_to", "be at least 0", self.exact_up_to)
         for name in (field.name for field in fields(self) if field.name.endswith("_s")):
             require(getattr(self, name) > 0, f"exchange.{name}", "be above 0 seconds", getattr(self, name))

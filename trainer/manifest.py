@@ -142,6 +142,13 @@ class Manifest:
         return hashlib.sha256(self.canonical_bytes()).digest()
 
     @property
+    def max_weight(self) -> float:
+        """Most tokens that one worker can be credited with per round."""
+        train = self.train
+        most = self.exchange.max_round_tokens or 64 * train.inner_steps * train.batch_size * train.seq_len
+        return float(max(most, self.exchange.round_tokens))
+
+    @property
     def run_tag(self) -> bytes:
         """First 8 bytes of the hash; every payload carries them."""
         return self.hash[:8]

@@ -13,7 +13,8 @@ from dtrain.trainer.metrics import MetricsLog
 from dtrain.trainer.outer_loop import OuterLoop
 from dtrain.trainer.pacing import Pace, Pacer
 
-STEP_PERIOD_S = 0.5  # at most one step event and one heartbeat per this time
+STEP_PERIOD_S = 0.5  # at most one step event per this time
+ANNOUNCE_PERIOD_S = 1.0  # and one heartbeat on top of the regular ones
 
 Say = Callable[[str], None]
 
@@ -47,6 +48,7 @@ class Reporter:
     _remaining_s: float = 0.0
     _loss: float = 0.0
     _last_step: float = 0.0
+    _last_announced: float = 0.0
     _first_step_done: bool = False
     _first_contribution_done: bool = False
 
@@ -125,7 +127,12 @@ class Reporter:
             round_ends_in_s=round(self._remaining_s, 1),
         )
         if not pacer.is_fixed:
-            self.announce()  # the others' rounds end by what we say
+            self._announce_now_and_then(now)  # the others' rounds end by what we say
+
+    def _announce_now_and_then(self, now: float) -> None:
+        if now - self._last_announced > ANNOUNCE_PERIOD_S:
+            self._last_announced = now
+            self.announce()
 
     def end_training(self, pace: Pace) -> None:
         """A round's inner steps are done."""
@@ -184,8 +191,15 @@ class Reporter:
         self.say(f"Round {self.outer.round}: evaluation loss {eval_loss:.4f}.")
 
     def stopped(self, reason: str) -> None:
+        up, down = self.exchange.traffic()
         self.metrics.write(
-            "stop", reason=reason, round=self.outer.round, tokens=self.tokens, digest=self.outer.digest.hex()
+            "stop",
+            reason=reason,
+            round=self.outer.round,
+            tokens=self.tokens,
+            digest=self.outer.digest.hex(),
+            bytes_up=up,
+            bytes_down=down,
         )
         self.say(
             f"Stopped ({reason}) after {self.outer.round} rounds; {self.tokens:,} tokens of yours are in the run."

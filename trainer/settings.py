@@ -29,6 +29,8 @@ class MachineSettings:
     """CPU threads for training; 0 = all cores but one, so that the machine stays usable."""
     max_tokens_per_s: float = 0.0
     """Train no faster than this, to keep the machine cool; 0 = no limit."""
+    audit: bool = False
+    """Check after every round that nothing was lost: produced = delivered + kept (`audit` events in the metrics)."""
     data: Path | None = None
     """The text file to train on, where the run uses one."""
     max_rounds: int = 0

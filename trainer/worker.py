@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dtrain.compression.codec import Codec
+from dtrain.trainer.audit import AuditedStrategy
 from dtrain.trainer.catchup import catch_up
 from dtrain.trainer.checkpoint import CheckpointStore
 from dtrain.trainer.data import open_corpus
@@ -69,6 +70,13 @@ class Worker:
         self.local = FlatParameters(self.model)
         self.codec = Codec(manifest.codec, self.local.shapes)
         self.strategy = make_strategy(manifest, self.codec)
+        if settings.audit:
+            self.strategy = AuditedStrategy(
+                self.strategy,
+                self.codec,
+                manifest.strategy.feedback_decay,
+                lambda error, scale: metrics.write("audit", error=error, scale=scale),
+            )
         self.outer = OuterLoop(manifest, self.local, self.codec, self.strategy)
         self.inner = InnerLoop(self.model, manifest.train)
         self.corpus = open_corpus(manifest.data, settings.data)

@@ -1,7 +1,7 @@
-"""The codec's heavy work in numba: fused, in tiles that stay in the caches, over groups in parallel threads.
+"""The codec's heavy work in numba: fused, chunk by chunk in the caches, over groups in parallel threads.
 
-Threads are Python's own around loops that run without the GIL, as many as torch uses: numba's thread pools either
-forbid calls from two threads at once or do not survive a fork, and a worker does both.
+Threads are Python's own around loops that run without the GIL, as many as torch uses: numba's thread pools
+either forbid calls from two threads at once or do not survive a fork, and a worker does both.
 """
 
 from __future__ import annotations
@@ -34,6 +34,21 @@ PART_ELEMENTS = 1 << 20  # elements that one task covers at most, and that a til
 _NO_SOURCE = np.zeros(0, np.int64)
 
 
+class Plan(NamedTuple):
+    """What the loops know of the layout and the format: arrays by chunk or by group, as in Layout and
+    SectionFormat.
+    """
+
+    group_edges: Ints
+    offset: Ints
+    size: Ints
+    stride: Ints
+    kept: Ints
+    group_kept: Ints
+    fixed_bytes: Ints
+    value_bits: int
+
+
 class Loops(NamedTuple):
     """The compiled loops of cpu_encode.py and cpu_decode.py."""
 
@@ -45,12 +60,13 @@ class Loops(NamedTuple):
 
 @functools.cache
 def loops(transform: str) -> Loops:
-    """The loops for a transform. Each compiles when it is first called, or comes from numba's cache on disk."""
+    """The loops for a transform. Each compiles when first called, or comes from numba's cache on disk."""
     folder = Path(__file__).parent
-    text = b"".join(path.read_bytes() for path in sorted([*folder.glob("cpu*.py"), *folder.parent.glob("*.py")]))
-    sources = hashlib.sha256(text).hexdigest()
+    paths = sorted([*folder.glob("cpu*.py"), *folder.parent.glob("*.py")])
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
     check, add = _check_and_add(sources)
-    return Loops(build_write(sources, transform == "dct"), check, add, build_decode(sources, transform == "dct"))
+    use_dct = transform == "dct"
+    return Loops(build_write(sources, use_dct), check, add, build_decode(sources, use_dct))
 
 
 @functools.cache
@@ -77,9 +93,9 @@ class CpuKernel:
 
         def write(first: int, end: int) -> bytes:
             chunks = int(layout.group_edges[first]), int(layout.group_edges[end])
-            addresses, kept_alive = source_addresses(layout, tensors, *chunks)
+            addresses, copies = source_addresses(layout, tensors, *chunks)
             data = _write(fmt, feedback, first, end, 0, lengths, addresses, decay, transform)
-            del kept_alive  # converted copies that the addresses point into
+            del copies  # only now: the addresses point into them
             return data
 
         return lengths, _run(layout, 0, layout.num_groups, write)
@@ -99,32 +115,25 @@ class CpuKernel:
 
     def check(self, fmt: SectionFormat, section: Section) -> None:
         """As `Kernel.check`."""
-        layout = fmt.layout
+        data = section.data.ctypes.data, len(section.data), section.bounds, section.first_group
 
         def check(first: int, end: int) -> None:
             bad = np.zeros(1, np.int64)
-            found = loops("none").check(
-                first, end, layout.group_edges, fmt.kept, fmt.group_kept, layout.size, fmt.fixed_bytes, fmt.value_bits,
-                section.data.ctypes.data, len(section.data), section.bounds, section.first_group, bad,
-            )  # fmt: skip
-            _refuse(found, bad)
+            _refuse(loops("none").check(_plan(fmt), first, end, *data, bad), bad)
 
-        _run(layout, section.first_group, section.end_group, check)
+        _run(fmt.layout, section.first_group, section.end_group, check)
 
     def add(self, fmt: SectionFormat, section: Section, weight: float, out: torch.Tensor) -> None:
         """As `Kernel.add`."""
-        layout, flat = fmt.layout, out.numpy()
-        base = int(layout.offset[layout.group_edges[section.first_group]])
+        data = section.data.ctypes.data, len(section.data), section.bounds, section.first_group
+        base = int(fmt.layout.offset[fmt.layout.group_edges[section.first_group]])
+        target = np.float32(weight), out.numpy(), base
 
         def add(first: int, end: int) -> None:
             bad = np.zeros(1, np.int64)
-            found = loops("none").add(
-                first, end, layout.group_edges, layout.offset, fmt.kept, fmt.group_kept, layout.size, fmt.fixed_bytes, fmt.value_bits,
-                section.data.ctypes.data, len(section.data), section.bounds, section.first_group, np.float32(weight), flat, base, bad,
-            )  # fmt: skip
-            _refuse(found, bad)
+            _refuse(loops("none").add(_plan(fmt), first, end, *data, *target, bad), bad)
 
-        _run(layout, section.first_group, section.end_group, add)
+        _run(fmt.layout, section.first_group, section.end_group, add)
 
     def decode(
         self,
@@ -135,34 +144,35 @@ class CpuKernel:
     ) -> None:
         """As `Kernel.decode`."""
         layout, whole = fmt.layout, sections[0][1]
-        addresses = addresses_of(layout, outputs, 0, layout.num_sparse)
-        weights = np.asarray([weight for weight, _ in sections], np.float32)
         data = np.asarray([section.data.ctypes.data for _, section in sections], np.int64)
         sizes = np.asarray([len(section.data) for _, section in sections], np.int64)
         bounds = np.stack([section.bounds for _, section in sections])
+        weights = np.asarray([weight for weight, _ in sections], np.float32)
+        addresses = addresses_of(layout, outputs, 0, layout.num_sparse)
+        source = data, sizes, bounds, whole.first_group, weights
+        target = addresses, cpu_dct.half_secants(), cpu_dct.norms()
 
         def decode(first: int, end: int) -> None:
             bad = np.zeros(1, np.int64)
-            found = loops(transform).decode(
-                first, end, layout.group_edges, fmt.kept, fmt.group_kept, layout.size, fmt.fixed_bytes, fmt.value_bits, data, sizes,
-                bounds, whole.first_group, weights, addresses, layout.stride,
-                cpu_dct.half_secants(), cpu_dct.norms(), bad,
-            )  # fmt: skip
-            _refuse(found, bad)
+            _refuse(loops(transform).decode(_plan(fmt), first, end, *source, *target, bad), bad)
 
         _run(layout, whole.first_group, whole.end_group, decode)
+
+
+def _plan(fmt: SectionFormat) -> Plan:
+    layout = fmt.layout
+    chunks = layout.group_edges, layout.offset, layout.size, layout.stride
+    return Plan(*chunks, fmt.kept, fmt.group_kept, fmt.fixed_bytes, fmt.value_bits)
 
 
 def _write(
     fmt: SectionFormat, values: torch.Tensor, first: int, end: int, base: int, lengths: Ints, addresses: Ints,
     decay: float, transform: str,
 ) -> bytes:  # fmt: skip
-    layout = fmt.layout
     out = np.empty(int(fmt.group_bounds[first:end].sum()) + 2 * PAD, np.uint8)
-    used = loops(transform).write(
-        first, end, layout.group_edges, layout.offset, fmt.kept, addresses, layout.stride,
-        cpu_dct.half_secants(), cpu_dct.norms(), values.numpy(), base, np.float32(decay), fmt.value_bits, out, lengths,
-    )  # fmt: skip
+    constants = cpu_dct.half_secants(), cpu_dct.norms()
+    target = values.numpy(), base, np.float32(decay), out, lengths
+    used = loops(transform).write(_plan(fmt), first, end, addresses, *constants, *target)
     return out[:used].tobytes()
 
 

@@ -1,7 +1,7 @@
 """64 x 64 DCT in numba: the butterflies of dct.py in the same order, in place, on rows of 64 at a time.
 
-Butterflies run in place, so frequencies end in bit-reversed order; the last pass puts them right, scales them and
-transposes. Same operations, same order, no fused multiply-add: the bits equal those of dct.py.
+Butterflies run in place, so frequencies end in bit-reversed order; the last pass puts them right, scales them
+and transposes. Same operations, same order, no fused multiply-add: the bits equal those of dct.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 
 from dtrain.compression import dct
 from dtrain.compression.kernels.cpu_tools import jit
+from dtrain.compression.kernels.cpu_vector import prefetch_row
 
 SIDE = dct.SIDE
 REVERSED = np.asarray([int(f"{f:06b}"[::-1], 2) for f in range(SIDE)], dtype=np.int64)
@@ -31,13 +32,24 @@ def norms() -> Any:
 
 
 @jit
+def load(source: Any, stride: int, block: Any, following: int, next_stride: int) -> None:
+    """block [64, 64] <- rows of 64 from source, `stride` apart; asks for the next block as `fold` does."""
+    for i in range(SIDE):
+        row, target = source[i * stride : i * stride + SIDE], block[i]
+        if following != 0:
+            prefetch_row(following + i * next_stride * 4)
+        for j in range(SIDE):
+            target[j] = row[j]
+
+
+@jit
 def forward(block: Any, out: Any, secants: Any, norm: Any) -> None:
     """out [64, 64] <- coefficients of block [64, 64], in dct.forward's order; block is overwritten."""
     _columns(block, secants)
     _untangle(block, out, norm)
     _columns(out, secants)
     _scale_rows(out, block, norm)
-    out[:, :] = block
+    _copy(block, out)
 
 
 @jit
@@ -140,6 +152,14 @@ def _scale_rows(v: Any, out: Any, norm: Any) -> None:
         source, target, scale = v[REVERSED[f]], out[f], norm[f]
         for j in range(SIDE):
             target[j] = source[j] * scale
+
+
+@jit
+def _copy(v: Any, out: Any) -> None:
+    for f in range(SIDE):
+        source, target = v[f], out[f]
+        for j in range(SIDE):
+            target[j] = source[j]
 
 
 @jit

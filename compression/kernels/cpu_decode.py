@@ -1,7 +1,9 @@
-"""Bytes to values in numba: check groups, add them to values in chunk order, or decode several sections at once.
+"""Bytes to values in numba: check groups, add them to values in chunk order, or decode several sections at
+once.
 
-The loops are built by functions for the reasons that cpu_encode.py gives. Sections are passed as an address and a
-number of bytes, since numba would compile everything twice for arrays that may and may not be written to.
+The loops are built by functions for the reasons that cpu_encode.py gives. Sections are passed as an address
+and a number of bytes, since numba would compile everything twice for arrays that may and may not be written
+to.
 """
 
 from __future__ import annotations
@@ -10,37 +12,32 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
 
 from dtrain.compression.kernels import cpu_dct
 from dtrain.compression.kernels.cpu_read import GOOD, add_chunk, group_bytes, read_codes, read_positions
-from dtrain.compression.kernels.cpu_tools import byte_pointer, float_pointer, jit
+from dtrain.compression.kernels.cpu_tools import byte_pointer, carray, float_pointer, jit, jit_on_disk
 from dtrain.compression.kernels.cpu_vector import clear_row, fence, stream_row
 from dtrain.compression.kernels.cpu_write import PAD
 from dtrain.compression.layout import MAX_GROUP_CHUNKS
 
 
 @jit
-def _room(first_group: int, end_group: int, group_edges: Any, kept: Any) -> Any:
-    """Two arrays with a place for every kept coefficient of the largest of these groups."""
-    largest = np.int64(0)
+def _most_kept(plan: Any, first_group: int, end_group: int) -> int:
+    """Coefficients of the largest of these groups."""
+    most = np.int64(0)
     for g in range(first_group, end_group):
-        total = 0
-        for c in range(group_edges[g], group_edges[g + 1]):
-            total += kept[c]
-        largest = max(largest, total)
-    return np.empty(largest + PAD, np.int32), np.empty(largest + PAD, np.int32)
+        most = max(most, plan.group_kept[g])
+    return most
 
 
 @jit
 def _store(values: Any, address: int, stride: int, size: int) -> None:
     """Write a chunk's values [size] to memory: rows of 64, `stride` apart."""
+    rest = np.int64(0)
     if address % 32 == 0 and stride % 8 == 0:
         for i in range(size >> 6):
             stream_row(values, i * 64, address + 4 * i * stride)
         rest = size & -64
-    else:
-        rest = 0
     target = carray(float_pointer(address), (size if stride == 64 else 63 * stride + 64,))
     for i in range(rest, size):
         target[(i >> 6) * stride + (i & 63)] = values[i]
@@ -49,48 +46,69 @@ def _store(values: Any, address: int, stride: int, size: int) -> None:
 def build_check_and_add(sources: str) -> tuple[Callable[..., int], Callable[..., int]]:
     """Compile the two loops that need no transform."""
 
-    @njit(nogil=True, error_model="numpy", cache=True)
+    @jit_on_disk
     def check(
-        first_group: int, end_group: int, group_edges: Any, kept: Any, group_kept: Any, sizes: Any, fixed: Any, value_bits: int,
-        address: int, num_bytes: int, bounds: Any, section_group: int, bad: Any,
+        plan: Any, first_group: int, end_group: int, address: int, num_bytes: int, bounds: Any,
+        section_group: int, bad: Any,
     ) -> int:  # fmt: skip
-        """Read the positions of groups, whose bytes are at address + bounds. Returns an index into REASONS, bad[0] <- the group."""
+        """Read the positions of groups, whose bytes are at address + bounds [groups of the section + 1].
+
+        section_group: the section's first group. Returns an index into REASONS; bad[0] <- the group in
+        question.
+        """
         _ = sources
         data = carray(byte_pointer(address), (num_bytes,))
-        positions, fields = _room(first_group, end_group, group_edges, kept)
-        table = np.empty(4, np.float32)
+        most = _most_kept(plan, first_group, end_group)
+        positions, low = np.empty(most + PAD, np.int32), np.empty(most + PAD, np.int32)
         for g in range(first_group, end_group):
-            a, b = group_edges[g], group_edges[g + 1]
+            a, b = plan.group_edges[g], plan.group_edges[g + 1]
             group = group_bytes(data, bounds[g - section_group], bounds[g - section_group + 1])
-            found = read_positions(group, kept[a:b], sizes[a:b], fixed[g], value_bits, positions, fields)
+            found = read_positions(
+                group, plan.kept[a:b], plan.size[a:b], plan.fixed_bytes[g], plan.value_bits, positions, low
+            )
             if found != GOOD:
                 bad[0] = g
-                return found
+                return found  # type: ignore[no-any-return]
         return GOOD
 
-    @njit(nogil=True, error_model="numpy", cache=True)
+    @jit_on_disk
     def add(
-        first_group: int, end_group: int, group_edges: Any, offset: Any, kept: Any, group_kept: Any, sizes: Any, fixed: Any,
-        value_bits: int, address: int, num_bytes: int, bounds: Any, section_group: int, weight: Any, values: Any, base: int, bad: Any,
+        plan: Any, first_group: int, end_group: int, address: int, num_bytes: int, bounds: Any,
+        section_group: int, weight: Any, values: Any, base: int, bad: Any,
     ) -> int:  # fmt: skip
-        """values (from element `base`) <- values + weight * groups; else as `check`."""
+        """values (from element `base` on) <- values + weight * groups; else as `check`."""
         _ = sources
         data = carray(byte_pointer(address), (num_bytes,))
-        positions, fields = _room(first_group, end_group, group_edges, kept)
+        most = _most_kept(plan, first_group, end_group)
+        positions, fields = np.empty(most + PAD, np.int32), np.empty(most + PAD, np.int32)
         table = np.empty(4, np.float32)
         for g in range(first_group, end_group):
-            a, b = group_edges[g], group_edges[g + 1]
+            a, b = plan.group_edges[g], plan.group_edges[g + 1]
             group = group_bytes(data, bounds[g - section_group], bounds[g - section_group + 1])
-            found = read_positions(group, kept[a:b], sizes[a:b], fixed[g], value_bits, positions, fields)
+            found = read_positions(
+                group, plan.kept[a:b], plan.size[a:b], plan.fixed_bytes[g], plan.value_bits, positions, fields
+            )
             if found != GOOD:
                 bad[0] = g
-                return found
-            read_codes(group, b - a, group_kept[g], value_bits, fields)
+                return found  # type: ignore[no-any-return]
+            read_codes(group, b - a, plan.group_kept[g], plan.value_bits, fields)
             first = np.int64(0)
             for c in range(a, b):
-                chunk = values[offset[c] - base : offset[c + 1] - base]
-                add_chunk(group, c - a, b - a, first, kept[c], weight, value_bits, positions, fields, table, chunk)
-                first += kept[c]
+                chunk = values[plan.offset[c] - base : plan.offset[c + 1] - base]
+                add_chunk(
+                    group,
+                    c - a,
+                    b - a,
+                    first,
+                    plan.kept[c],
+                    weight,
+                    plan.value_bits,
+                    positions,
+                    fields,
+                    table,
+                    chunk,
+                )
+                first += plan.kept[c]
         return GOOD
 
     return check, add
@@ -99,57 +117,57 @@ def build_check_and_add(sources: str) -> tuple[Callable[..., int], Callable[...,
 def build_decode(sources: str, use_dct: bool) -> Callable[..., int]:
     """Compile the loop that decodes."""
 
-    @njit(nogil=True, error_model="numpy", cache=True)
+    @jit_on_disk
     def decode(
-        first_group: int, end_group: int, group_edges: Any, kept: Any, group_kept: Any, sizes: Any, fixed: Any, value_bits: int,
-        data_addresses: Any, data_sizes: Any, bounds: Any, section_group: int, weights: Any, addresses: Any,
-        strides: Any, secants: Any, norm: Any, bad: Any,
+        plan: Any, first_group: int, end_group: int, data_addresses: Any, data_sizes: Any, bounds: Any,
+        section_group: int, weights: Any, addresses: Any, secants: Any, norm: Any, bad: Any,
     ) -> int:  # fmt: skip
-        """Write the weighted sum of several sections' groups to the chunks' memory; else as `check`.
+        """Write the weighted sum of several sections' groups to the chunks' `addresses`; else as `check`.
 
         data_addresses, data_sizes [sections]: their bytes; bounds [sections, groups + 1]; weights [sections].
         """
         _ = sources
-        largest = np.int64(0)
-        for g in range(first_group, end_group):
-            largest = max(largest, group_kept[g])
-        positions = np.empty((len(weights), largest + PAD), np.int32)
-        fields = np.empty((len(weights), largest + PAD), np.int32)
+        most = _most_kept(plan, first_group, end_group)
+        positions = np.empty((len(weights), most + PAD), np.int32)
+        fields = np.empty((len(weights), most + PAD), np.int32)
         heads = np.empty((len(weights), 2 + 2 * MAX_GROUP_CHUNKS), np.uint8)
         table = np.empty(4, np.float32)
         longest = np.int64(0)
-        for c in range(group_edges[first_group], group_edges[end_group]):
-            longest = max(longest, sizes[c])
+        for c in range(plan.group_edges[first_group], plan.group_edges[end_group]):
+            longest = max(longest, plan.size[c])
         sums, result = np.empty(longest + 64, np.float32), np.empty((64, 64), np.float32)
         for g in range(first_group, end_group):
-            a, b = group_edges[g], group_edges[g + 1]
+            a, b = plan.group_edges[g], plan.group_edges[g + 1]
             for s in range(len(weights)):
                 data = carray(byte_pointer(data_addresses[s]), (data_sizes[s],))
                 group = group_bytes(data, bounds[s, g - section_group], bounds[s, g - section_group + 1])
-                found = read_positions(group, kept[a:b], sizes[a:b], fixed[g], value_bits, positions[s], fields[s])
+                found = read_positions(
+                    group, plan.kept[a:b], plan.size[a:b], plan.fixed_bytes[g], plan.value_bits, positions[s],
+                    fields[s],
+                )  # fmt: skip
                 if found != GOOD:
                     bad[0] = g
-                    return found
-                read_codes(group, b - a, group_kept[g], value_bits, fields[s])
-                head = min(len(group), heads.shape[1])
-                heads[s, :head] = group[:head]
+                    return found  # type: ignore[no-any-return]
+                read_codes(group, b - a, plan.group_kept[g], plan.value_bits, fields[s])
+                for i in range(min(len(group), heads.shape[1])):
+                    heads[s, i] = group[i]
             first = np.int64(0)
             for c in range(a, b):
-                size = sizes[c]
+                size = plan.size[c]
                 for i in range(0, size, 64):
                     clear_row(sums, i)
                 for s in range(len(weights)):
                     add_chunk(
-                        heads[s], c - a, b - a, first, kept[c], weights[s], value_bits, positions[s], fields[s], table,
-                        sums,
+                        heads[s], c - a, b - a, first, plan.kept[c], weights[s], plan.value_bits, positions[s],
+                        fields[s], table, sums,
                     )  # fmt: skip
-                first += kept[c]
+                first += plan.kept[c]
                 if use_dct and size == 4096:
                     cpu_dct.inverse(sums[:4096].reshape(64, 64), result, secants, norm)
-                    _store(result.ravel(), addresses[c], strides[c], size)
+                    _store(result.ravel(), addresses[c], plan.stride[c], size)
                 else:
-                    _store(sums, addresses[c], strides[c], size)
+                    _store(sums, addresses[c], plan.stride[c], size)
         fence()
         return GOOD
 
-    return decode  # type: ignore[no-any-return]
+    return decode

@@ -1,7 +1,8 @@
 """Groups of chunks to bytes in numba: fold, select, quantize and pack, each chunk while it is in the cache.
 
-The loop is built by a function so that numba's cache on disk, which looks only at one file and at captured values, is
-keyed by the text of every file that it calls into, and so that the transform is compiled only where it is used.
+The loop is built by a function so that numba's cache on disk, which looks only at one file and at captured
+values, is keyed by the text of every file that it calls into, and so that the transform is compiled only
+where it is used.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
 
 from dtrain.compression.kernels import cpu_dct
 from dtrain.compression.kernels.cpu_select import LANES, fold, scan, select
-from dtrain.compression.kernels.cpu_tools import float_pointer, jit
+from dtrain.compression.kernels.cpu_tools import carray, float_pointer, jit, jit_on_disk
 from dtrain.compression.kernels.cpu_write import (
     PAD,
     group_exponent,
@@ -32,13 +32,14 @@ from dtrain.compression.kernels.cpu_write import (
 
 @jit
 def _write_group(
-    values: Any, edges: Any, kept: Any, picked: Any, positions: Any, gaps: Any, codes: Any, sent: Any, bits: Any,
-    stats: Any, value_bits: int, out: Any, at: int,
+    values: Any, edges: Any, kept: Any, picked: Any, positions: Any, gaps: Any, codes: Any, sent: Any,
+    bits: Any, stats: Any, value_bits: int, out: Any, at: int,
 ) -> int:  # fmt: skip
-    """Write one group of chunks whose selection is known and subtract what was written; returns the byte after it.
+    """Write a group whose selection is known, subtract what was written; returns the byte after it.
 
-    values: fp32 of the group, chunk c at edges[c] to edges[c + 1]; picked, positions: kept values and where they are
-    in their chunk, all chunks one after another.
+    values: fp32 of the group, chunk c at edges[c] to edges[c + 1] (less edges[0]); picked, positions: kept
+    values and where they are in their chunk, all chunks one after another; gaps, codes, sent, bits, stats:
+    scratch.
     """
     num_chunks = len(kept)
     first = np.int64(0)
@@ -81,57 +82,55 @@ def _write_group(
 def build_write(sources: str, use_dct: bool) -> Callable[..., int]:
     """Compile the loop; `sources` stands for the text of everything it is made of."""
 
-    @njit(nogil=True, error_model="numpy", cache=True)
+    @jit_on_disk
     def write(
-        first_group: int, end_group: int, group_edges: Any, offset: Any, kept: Any, addresses: Any, strides: Any,
-        secants: Any, norm: Any, values: Any, base: int, decay: Any, value_bits: int, out: Any, lengths: Any,
+        plan: Any, first_group: int, end_group: int, addresses: Any, secants: Any, norm: Any, values: Any,
+        base: int, decay: Any, out: Any, lengths: Any,
     ) -> int:  # fmt: skip
         """Fold (unless `addresses` is empty), select and write groups one after another into `out`.
 
-        addresses [chunks of these groups]: where each chunk's fp32 elements begin in memory; strides [all chunks]: how
-        far apart its rows are; values: the feedback from element `base` on; lengths: by group number, filled here.
-        Returns the bytes written.
+        addresses [chunks of these groups]: where each chunk's fp32 elements begin in memory; values: the
+        feedback from element `base` on; lengths: by group number, filled here. Returns the bytes written.
         """
         _ = sources
-        source_chunk = group_edges[first_group]
+        source_chunk = plan.group_edges[first_group]
         largest, longest, most = 0, 0, 0
         for g in range(first_group, end_group):
-            a, b = group_edges[g], group_edges[g + 1]
-            total = np.int64(0)
-            for c in range(a, b):
-                total += kept[c]
-                longest = max(longest, offset[c + 1] - offset[c])
-            largest, most = max(largest, total), max(most, b - a)
+            largest = max(largest, plan.group_kept[g])
+            most = max(most, plan.group_edges[g + 1] - plan.group_edges[g])
+        for c in range(source_chunk, plan.group_edges[end_group]):
+            longest = max(longest, plan.size[c])
         lane_max = np.empty(LANES, np.int32)
         keys, places = np.empty(longest + 2, np.int32), np.empty(longest + 2, np.int32)
-        positions = np.empty(largest + 1, np.int32)
+        positions, picked = np.empty(largest + 1, np.int32), np.empty(largest, np.float32)
         gaps, codes = np.empty(largest + PAD, np.int32), np.empty(largest + PAD, np.int32)
-        picked, sent = np.empty(largest, np.float32), np.empty(largest, np.float32)
-        bits, stats = np.empty(most, np.int64), np.empty((most, 2), np.float64)
+        sent, bits, stats = (
+            np.empty(largest, np.float32),
+            np.empty(most, np.int64),
+            np.empty((most, 2), np.float64),
+        )
         block, coefficients = np.empty((64, 64), np.float32), np.empty((64, 64), np.float32)
         at, guess = np.int64(0), np.int32(0)
         for g in range(first_group, end_group):
-            a, b = group_edges[g], group_edges[g + 1]
+            a, b = plan.group_edges[g], plan.group_edges[g + 1]
             done = np.int64(0)
             for c in range(a, b):
-                chunk = values[offset[c] - base : offset[c + 1] - base]
+                chunk, stride = values[plan.offset[c] - base : plan.offset[c + 1] - base], plan.stride[c]
                 if len(addresses) == 0:
                     scan(chunk, lane_max)
-                elif use_dct and len(chunk) == 4096:
-                    source = carray(float_pointer(addresses[c - source_chunk]), (63 * strides[c] + 64,))
-                    for i in range(64):
-                        row = source[i * strides[c] : i * strides[c] + 64]
-                        for j in range(64):
-                            block[i, j] = row[j]
-                    cpu_dct.forward(block, coefficients, secants, norm)
-                    fold(chunk, coefficients.ravel(), 64, decay, lane_max, 0, 0)
                 else:
-                    length = len(chunk) if strides[c] == 64 else 63 * strides[c] + 64
+                    length = len(chunk) if stride == 64 else 63 * stride + 64
                     source = carray(float_pointer(addresses[c - source_chunk]), (length,))
-                    ahead = c + 1 < group_edges[end_group] and strides[c + 1] != 64
-                    following = addresses[c + 1 - source_chunk] if ahead else 0
-                    fold(chunk, source, strides[c], decay, lane_max, following, strides[c + 1] if ahead else 0)
-                k = kept[c]
+                    following, apart = np.int64(0), np.int64(0)
+                    if c + 1 < plan.group_edges[end_group] and plan.stride[c + 1] != 64:
+                        following, apart = addresses[c + 1 - source_chunk], plan.stride[c + 1]
+                    if use_dct and len(chunk) == 4096:
+                        cpu_dct.load(source, stride, block, following, apart)
+                        cpu_dct.forward(block, coefficients, secants, norm)
+                        fold(chunk, coefficients.ravel(), 64, decay, lane_max, 0, 0)
+                    else:
+                        fold(chunk, source, stride, decay, lane_max, following, apart)
+                k = plan.kept[c]
                 mine = positions[done : done + k + 1]
                 guess = select(chunk, k, lane_max, guess, keys, places, mine)
                 for i in range(k):
@@ -139,10 +138,10 @@ def build_write(sources: str, use_dct: bool) -> Callable[..., int]:
                 done += k
             before = at
             at = _write_group(
-                values[offset[a] - base : offset[b] - base], offset[a : b + 1], kept[a:b], picked, positions, gaps,
-                codes, sent, bits, stats, value_bits, out, at,
+                values[plan.offset[a] - base : plan.offset[b] - base], plan.offset[a : b + 1], plan.kept[a:b],
+                picked, positions, gaps, codes, sent, bits, stats, plan.value_bits, out, at,
             )  # fmt: skip
             lengths[g] = at - before
-        return at
+        return at  # type: ignore[no-any-return]
 
-    return write  # type: ignore[no-any-return]
+    return write

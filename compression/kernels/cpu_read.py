@@ -19,17 +19,22 @@ GOOD, BAD_LENGTH, BAD_SCALE, BAD_RICE, BAD_PADDING, OUT_OF_RANGE = range(6)
 
 @jit
 def group_bytes(data: Any, begin: int, end: int) -> Any:
-    """The bytes of a group and PAD more, for loads of whole words: a view where the section goes on, else a copy."""
+    """The bytes of a group and PAD more, for loads of whole words: a view where the section goes on, else a
+    copy.
+    """
     if end + PAD <= len(data):
         return data[begin : end + PAD]
     copy = np.zeros(end - begin + PAD, np.uint8)
-    copy[: end - begin] = data[begin:end]
+    for i in range(begin, end):
+        copy[i - begin] = data[i]
     return copy
 
 
 @jit
 def read_fields(data: Any, start: int, n: int, width: int, fields: Any) -> None:
-    """fields [n + PAD] <- the n fields of `width` <= 16 bits of a stream from byte `start`, and PAD of no meaning."""
+    """fields [n + PAD] <- the n fields of `width` <= 16 bits of a stream from byte `start`, and PAD of no
+    meaning.
+    """
     if width <= 8:
         for i in range(0, n, 8):  # eight fields take `width` bytes
             spread_fields(load_u64(data, start + (i >> 3) * width), width, fields, i)
@@ -73,8 +78,8 @@ def read_positions(
 ) -> int:
     """Check a group (from `group_bytes`) and write each kept coefficient's position within its chunk.
 
-    kept, sizes [chunks]; positions, low (scratch): the sum of kept and PAD more. Returns an index into REASONS. Nothing
-    outside these arrays is touched, whatever the bytes say.
+    kept, sizes [chunks]; positions, low (scratch): the sum of kept and PAD more. Returns an index into
+    REASONS. Nothing outside these arrays is touched, whatever the bytes say.
     """
     end, num_chunks = len(data) - PAD, len(kept)
     if end < fixed:
@@ -97,7 +102,8 @@ def read_positions(
     if found != GOOD:
         return found
     read_fields(data, fixed, total, r, low)
-    # Within a chunk, position = sum of (high part << r + low part + 1); the sum of the high parts is in the ones.
+    # Within a chunk, position = sum of (high part << r + low part + 1); the sum of the high parts is in the
+    # ones.
     first, before = np.int64(0), np.int64(-1)
     for c in range(num_chunks):
         mine, lows = positions[first : first + kept[c]], low[first : first + kept[c]]
@@ -106,7 +112,9 @@ def read_positions(
             sum_low += lows[i]
             last = mine[i]
             mine[i] = np.int32((((last - before - 1 - i) << r) + sum_low + i) & _NO_SIGN)
-        if ((last - before - len(mine)) << r) + sum_low + len(mine) > sizes[c]:  # positions ascend: this is the last's
+        if ((last - before - len(mine)) << r) + sum_low + len(mine) > sizes[
+            c
+        ]:  # positions ascend: this is the last's
             return OUT_OF_RANGE
         before = last
         first += kept[c]
@@ -118,7 +126,8 @@ def add_chunk(
     data: Any, c: int, num_chunks: int, first: int, k: int, weight: Any, value_bits: int, positions: Any, codes: Any,
     table: Any, out: Any,
 ) -> None:  # fmt: skip
-    """out <- out + weight * chunk c of a group that read_positions found good; `first`: kept before it in the group.
+    """out <- out + weight * chunk c of a group that read_positions found good; `first`: kept before it in the
+    group.
 
     codes [all of the group]: from `read_codes`. table: scratch [4]. out: fp32 [n].
     """

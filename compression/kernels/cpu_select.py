@@ -1,9 +1,10 @@
 """Exact top-k of a chunk without sorting.
 
 512 lanes keep the largest magnitude of every 512th element, formed while the chunk is written. Magnitudes are
-compared as the integers of their bits. Bisection on the lanes alone finds a bound that at least k of them, and hardly
-more, reach; so at least k elements reach it, too. A pass of vector comparisons turns the elements that do into a
-bitmap, which yields a few more than k candidates in ascending order, and bisection among those the exact cut.
+compared as the integers of their bits. Bisection on the lanes alone finds a bound that at least k of them,
+and hardly more, reach; so at least k elements reach it, too. A pass of vector comparisons turns the elements
+that do into a bitmap, which yields a few more than k candidates in ascending order, and bisection among those
+the exact cut.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ _FIRST_STEP = 1 << 18  # in units of the last place: 3 %
 
 
 @jit
-def fold(values: Any, source: Any, stride: int, decay: Any, lane_max: Any, following: int, next_stride: int) -> None:
-    """values <- decay * values + source, [n] fp32; source is rows of 64, `stride` apart. Fills lane_max [512].
+def fold(
+    values: Any, source: Any, stride: int, decay: Any, lane_max: Any, following: int, next_stride: int
+) -> None:
+    """values <- decay * values + source, [n] fp32; source is rows of 64, `stride` apart. Fills lane_max
+    [512].
 
-    following, next_stride: address of what is folded next, its rows apart. Hardware doesn't foresee rows of a block
-    that lie pages apart, so they are asked for here, one chunk ahead; 0 asks for nothing.
+    following, next_stride: address of what is folded next, its rows apart. Hardware doesn't foresee rows of a
+    block that lie pages apart, so they are asked for here, one chunk ahead; 0 asks for nothing.
     """
-    lane_max[:] = np.int32(-1)
+    for j in range(LANES):
+        lane_max[j] = np.int32(-1)
     whole = len(values) & -64
     for i in range(0, whole, 64):
         row, lane = (i >> 6) * stride, i & (LANES - 1)
@@ -44,7 +49,8 @@ def fold(values: Any, source: Any, stride: int, decay: Any, lane_max: Any, follo
 @jit
 def scan(values: Any, lane_max: Any) -> None:
     """Fill lane_max [512] from values [n] as they are."""
-    lane_max[:] = np.int32(-1)
+    for j in range(LANES):
+        lane_max[j] = np.int32(-1)
     whole = len(values) & -64
     for i in range(0, whole, STEP):
         scan_step(values, i, lane_max, i & (LANES - 1))
@@ -62,7 +68,9 @@ def _count(keys: Any, n: int, cut: Any) -> int:
 
 @jit
 def _lane_bound(lane_max: Any, k: int, top: Any, guess: Any) -> Any:
-    """A magnitude that at least k lanes reach, if possible no more than k + k / 8; 0 when fewer than k are in use."""
+    """A magnitude that at least k lanes reach, if possible no more than k + k / 8; 0 when fewer than k are in
+    use.
+    """
     if k > LANES or _count(lane_max, LANES, np.int32(0)) < k:
         return np.int32(0)
     low, high, enough = np.int64(0), np.int64(top) + 1, k + (k >> 3)
@@ -88,8 +96,9 @@ def _lane_bound(lane_max: Any, k: int, top: Any, guess: Any) -> Any:
 def select(values: Any, k: int, lane_max: Any, guess: Any, keys: Any, places: Any, positions: Any) -> Any:
     """Write the ascending positions of the k largest magnitudes of values [n] into positions [k + 1].
 
-    Equal magnitudes: lowest position first. lane_max: as `fold` or `scan` left it. Scratch: keys, places [n + 2].
-    guess: what the last call returned, or 0; it saves time when chunks are alike and changes nothing else.
+    Equal magnitudes: lowest position first. lane_max: as `fold` or `scan` left it. Scratch: keys, places [n +
+    2]. guess: what the last call returned, or 0; it saves time when chunks are alike and changes nothing
+    else.
     """
     top = np.int32(0)
     for j in range(LANES):
@@ -118,7 +127,9 @@ def select(values: Any, k: int, lane_max: Any, guess: Any, keys: Any, places: An
 
 @jit
 def _take(keys: Any, places: Any, num: int, cut: Any, k: int, positions: Any) -> None:
-    """Positions of the keys above the cut and of so many of those that equal it, from the first, that there are k."""
+    """Positions of the keys above the cut and of so many of those that equal it, from the first, that there
+    are k.
+    """
     ties, out = k - _count(keys, num, cut + np.int32(1)), 0
     for i in range(num):
         if keys[i] > cut or (keys[i] == cut and ties > 0):
@@ -129,7 +140,9 @@ def _take(keys: Any, places: Any, num: int, cut: Any, k: int, positions: Any) ->
 
 @jit
 def _candidates(values: Any, cut: Any, places: Any) -> int:
-    """Ascending positions of all elements that reach the cut; returns how many. Two places beyond are overwritten."""
+    """Ascending positions of all elements that reach the cut; returns how many. Two places beyond are
+    overwritten.
+    """
     num, whole, one = np.uint64(0), len(values) & -64, np.uint64(1)
     for i in range(0, whole, 64):
         word = mask_at_least(values, i, cut)

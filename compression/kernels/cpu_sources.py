@@ -1,4 +1,6 @@
-"""Where the chunks of source tensors lie in memory, as contiguous fp32 on the CPU, converted piece by piece if not."""
+"""Where the chunks of source tensors lie in memory, as contiguous fp32 on the CPU, converted piece by piece
+if not.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def source_addresses(
 ) -> tuple[Ints, list[torch.Tensor]]:
     """Addresses of chunks first to end of any float tensors; the copies that some point into come with them.
 
-    Only the rows that these chunks need are converted, so that a caller who goes part by part needs little memory.
+    Only the rows that these chunks need are converted, so that a caller who goes part by part needs little
+    memory.
     """
     addresses, copies = addresses_of(layout, tensors, first, end), []
     for index in np.unique(layout.tensor[first:end]).tolist():

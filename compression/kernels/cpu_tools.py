@@ -6,19 +6,38 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import llvmlite.ir as ir
+import numba
 from numba import njit, types
 from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+carray: Callable[..., Any] = numba.carray  # type: ignore[attr-defined]  # numba has it, but not in its list of names
+
 
 def jit(function: Function) -> Function:
-    """Compile without the GIL. No fast-math: every operation rounds as it is written, the same on every machine."""
+    """Compile without the GIL. No fast-math: every operation rounds as it is written, the same on every
+    machine.
+    """
     compiled: Function = njit(nogil=True, error_model="numpy")(function)
     return compiled
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+def jit_on_disk(function: Function) -> Function:
+    """The same, and keep the machine code on disk for the next process."""
+    compiled: Function = njit(nogil=True, error_model="numpy", cache=True)(function)
+    return compiled
+
+
+def machine_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """numba's `intrinsic`: the function says which instructions a call stands for; callers leave out its
+    context.
+    """
+    compiled: Callable[..., Any] = intrinsic(function)
+    return compiled
+
+
+@machine_code
 def count_trailing_zeros(_context: Any, _word: Any) -> Any:
     """Position of the lowest one in a nonzero u64."""
 
@@ -28,7 +47,7 @@ def count_trailing_zeros(_context: Any, _word: Any) -> Any:
     return types.int64(types.uint64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@machine_code
 def float_bits(_context: Any, _value: Any) -> Any:
     """The bits of an fp32 as i32."""
 
@@ -38,7 +57,7 @@ def float_bits(_context: Any, _value: Any) -> Any:
     return types.int32(types.float32), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@machine_code
 def bits_float(_context: Any, _value: Any) -> Any:
     """The fp32 with these bits."""
 
@@ -48,9 +67,11 @@ def bits_float(_context: Any, _value: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@machine_code
 def load_u64(_context: Any, array: Any, offset: Any) -> Any:
-    """Eight bytes of a u8 array from `offset`, which need not be aligned; the caller sees to it that they exist."""
+    """Eight bytes of a u8 array from `offset`, which need not be aligned; the caller sees to it that they
+    exist.
+    """
     signature = types.uint64(array, offset)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -63,7 +84,7 @@ def load_u64(_context: Any, array: Any, offset: Any) -> Any:
     return signature, generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@machine_code
 def store_u64(_context: Any, array: Any, offset: Any, word: Any) -> Any:
     """Write eight bytes into a u8 array at `offset`; the caller sees to it that they exist."""
     signature = types.void(array, offset, types.uint64)
@@ -79,7 +100,7 @@ def store_u64(_context: Any, array: Any, offset: Any, word: Any) -> Any:
     return signature, generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@machine_code
 def float_pointer(_context: Any, _address: Any) -> Any:
     """An address as a pointer to fp32, for `numba.carray`."""
 
@@ -89,7 +110,7 @@ def float_pointer(_context: Any, _address: Any) -> Any:
     return types.CPointer(types.float32)(types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@machine_code
 def byte_pointer(_context: Any, _address: Any) -> Any:
     """An address as a pointer to u8, for `numba.carray`."""
 

@@ -1,7 +1,7 @@
 """Explicit vector instructions for numba: LLVM's vectorizer gives up on rows of 64 that might overlap.
 
-Each function works on a fixed number of neighbouring elements without bounds checks. The vectors are LLVM's generic
-ones, so the same code becomes SSE, AVX or NEON, whatever the machine has.
+Each function works on a fixed number of neighbouring elements without bounds checks. The vectors are LLVM's
+generic ones, so the same code becomes SSE, AVX or NEON, whatever the machine has.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from typing import Any
 
 import llvmlite.ir as ir
 from numba import types
-from numba.extending import intrinsic
+
+from dtrain.compression.kernels.cpu_tools import machine_code
 
 LANES = 16  # elements per step of fold_step and scan_step
 WORD = 64  # elements per call of mask_at_least
 _F32, _I32 = ir.FloatType(), ir.IntType(32)
 
 
-def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, vector: ir.VectorType) -> Any:
+def _pointer(
+    context: Any, builder: Any, array_type: Any, array: Any, index: Any, vector: ir.VectorType
+) -> Any:
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
 
@@ -48,7 +51,7 @@ def _raise_lanes(builder: Any, pointer: Any, magnitudes: Any) -> None:
     _store(builder, builder.select(builder.icmp_signed(">", magnitudes, lanes), magnitudes, lanes), pointer)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@machine_code
 def fold_step(_context: Any, values: Any, i: Any, source: Any, j: Any, lanes: Any, k: Any, decay: Any) -> Any:
     """16 times: values[i] <- values[i] * decay + source[j]; lanes[k] <- max(lanes[k], bits of |values[i]|)."""
     signature = types.void(values, i, source, j, lanes, k, types.float32)
@@ -69,7 +72,7 @@ def fold_step(_context: Any, values: Any, i: Any, source: Any, j: Any, lanes: An
     return signature, generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@machine_code
 def scan_step(_context: Any, values: Any, i: Any, lanes: Any, k: Any) -> Any:
     """16 times: lanes[k] <- max(lanes[k], bits of |values[i]|)."""
     signature = types.void(values, i, lanes, k)
@@ -84,7 +87,7 @@ def scan_step(_context: Any, values: Any, i: Any, lanes: Any, k: Any) -> Any:
     return signature, generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@machine_code
 def mask_at_least(_context: Any, values: Any, i: Any, cut: Any) -> Any:
     """A u64 whose bit b says whether the bits of |values[i + b]| are at least `cut` (i32), for 64 elements."""
     signature = types.uint64(values, i, types.int32)
@@ -100,8 +103,7 @@ def mask_at_least(_context: Any, values: Any, i: Any, cut: Any) -> Any:
     return signature, generate
 
 
-
-@intrinsic  # type: ignore[untyped-decorator]
+@machine_code
 def spread_fields(_context: Any, word: Any, width: Any, out: Any, i: Any) -> Any:
     """out[i + j] <- the j-th field of `width` <= 8 bits of a u64, for j = 0 to 7; out is an i32 array."""
     signature = types.void(types.uint64, types.int64, out, i)
@@ -121,7 +123,7 @@ def spread_fields(_context: Any, word: Any, width: Any, out: Any, i: Any) -> Any
     return signature, generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@machine_code
 def join_fields(_context: Any, values: Any, i: Any, width: Any) -> Any:
     """A u64 of the low `width` <= 8 bits of values[i + j] (i32), j = 0 to 7, the j-th from bit j * width on."""
     signature = types.uint64(values, i, types.int64)
@@ -129,7 +131,9 @@ def join_fields(_context: Any, values: Any, i: Any, width: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         wide, ints, count = ir.VectorType(ir.IntType(64), 8), ir.VectorType(_I32, 8), 8
         values, i, width = arguments
-        loaded = builder.zext(_load(builder, _pointer(context, builder, signature.args[0], values, i, ints)), wide)
+        loaded = builder.zext(
+            _load(builder, _pointer(context, builder, signature.args[0], values, i, ints)), wide
+        )
         ones = builder.shl(ir.Constant(ir.IntType(64), 1), width)
         mask = _splat(builder, builder.sub(ones, ir.Constant(ir.IntType(64), 1)), wide)
         shifts = builder.mul(_splat(builder, width, wide), ir.Constant(wide, list(range(8))))
@@ -144,7 +148,7 @@ def join_fields(_context: Any, values: Any, i: Any, width: Any) -> Any:
     return signature, generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@machine_code
 def clear_row(_context: Any, values: Any, i: Any) -> Any:
     """values[i : i + 64] <- 0."""
     signature = types.void(values, i)
@@ -158,7 +162,7 @@ def clear_row(_context: Any, values: Any, i: Any) -> Any:
     return signature, generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@machine_code
 def stream_row(_context: Any, values: Any, i: Any, address: Any) -> Any:
     """Copy values[i : i + 64] to `address`, a multiple of 32, past the caches: it won't be read again soon.
 
@@ -181,7 +185,7 @@ def stream_row(_context: Any, values: Any, i: Any, address: Any) -> Any:
     return signature, generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@machine_code
 def fence(_context: Any) -> Any:
     """Make every store before it visible before any after it."""
 
@@ -192,7 +196,7 @@ def fence(_context: Any) -> Any:
     return types.void(), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@machine_code
 def prefetch_row(_context: Any, _address: Any) -> Any:
     """Ask for the 256 bytes from `address`, which are soon to be read."""
     signature = types.void(types.int64)

@@ -81,7 +81,9 @@ def ratio_of(bottom: float, scale: Any, value_bits: int) -> int:
 
 
 @jit
-def quantize(values: Any, scale: Any, ratio: int, mean: float, value_bits: int, codes: Any, sent: Any) -> None:
+def quantize(
+    values: Any, scale: Any, ratio: int, mean: float, value_bits: int, codes: Any, sent: Any
+) -> None:
     """Codes [k] of one chunk's kept values and what a reader will make of them, sent [k] fp32."""
     if value_bits <= 2:
         high = scale
@@ -170,7 +172,9 @@ def _rice_bits(gaps: Any, n: int, r: int) -> int:
 
 @jit
 def write_gaps(out: Any, at: int, gaps: Any, n: int, r: int) -> int:
-    """Write gaps [n + PAD] with Rice parameter r from byte `at`; returns the byte after them. PAD as write_fields."""
+    """Write gaps [n + PAD] with Rice parameter r from byte `at`; returns the byte after them. PAD as
+    write_fields.
+    """
     at = write_fields(out, at, gaps, n, r)
     word, bit, one = np.uint64(0), 0, np.uint64(1)
     for gap in gaps[:n]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
-
-import torch
 
 from dtrain.compression.kernels.base import Kernel
 from dtrain.compression.kernels.reference import ReferenceKernel
@@ -20,6 +17,8 @@ def kernel() -> Kernel:
     try:
         from dtrain.compression.kernels.cpu import CpuKernel
     except ImportError as error:
-        logger.warning("compressing with plain torch, about ten times slower: numba can't be used (%s)", error)
+        logger.warning(
+            "compressing with plain torch, about ten times slower: numba can't be used (%s)", error
+        )
         return ReferenceKernel()
     return CpuKernel()

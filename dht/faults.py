@@ -1,0 +1,138 @@
+"""Planned faults, for tests: at a named point of a named round something goes wrong, on purpose and reproducibly.
+
+The plan comes as JSON in the environment variable DTRAIN_FAULTS, a list of `{"point", "round", "kind"}`:
+
+point            where in the round                                  kinds
+matchmaking      before the group is sought                          kill, stop, weight, stale-round, wrong-digest
+first-part-sent  after the first piece of our section to a reducer   kill, stop, close
+half-sent        when half of it is sent                             kill, stop, close
+section          what we send to reducers                            garbage, nan, wrong-shape, stale-round
+reduced          when our own span is reduced                        kill, stop
+half-delivered   when half of an aggregate is sent to a member       kill, stop, close
+aggregate        what we send to members                             garbage, wrong-shape, weight
+before-report    when the round is done, before the worker hears     kill, stop
+
+Without the variable every hook is a look into an empty list.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dtrain.dht.membership import Contribution
+
+STOPPED_S = 20.0
+PIECE_BYTES = 2048  # with a plan, messages are cut smaller, so that there is a middle to fail in
+VARIABLE = "DTRAIN_FAULTS"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One planned fault."""
+
+    point: str
+    round: int
+    kind: str
+
+
+class FaultPlan:
+    """The faults that this process is to have, each once."""
+
+    def __init__(self, faults: Sequence[Fault] = (), worker_pid: int = 0):
+        self._faults = list(faults)
+        self._worker_pid = worker_pid
+
+    def __bool__(self) -> bool:
+        return bool(self._faults)
+
+    @classmethod
+    def from_environment(cls, worker_pid: int) -> FaultPlan:
+        """The plan in DTRAIN_FAULTS, else an empty one."""
+        return cls([Fault(**fault) for fault in json.loads(os.environ.get(VARIABLE, "[]"))], worker_pid)
+
+    def take(self, point: str, round: int) -> str:
+        """The kind of fault planned for here and now, or "" (as nearly always); it will not happen again."""
+        for fault in self._faults:
+            if fault.point == point and fault.round == round:
+                self._faults.remove(fault)
+                return fault.kind
+        return ""
+
+    def happen(self, point: str, round: int) -> str:
+        """Carry out a fault that concerns this process itself; other kinds are returned for the caller to act on."""
+        kind = self.take(point, round)
+        if kind == "kill":
+            os.kill(self._worker_pid, signal.SIGKILL)
+            os.killpg(0, signal.SIGKILL)
+        elif kind == "stop":
+            self._stop()
+        return kind
+
+    def _stop(self) -> None:
+        """Freeze worker, network process and daemon, as closing a laptop does, and thaw them after a while."""
+        group, worker = os.getpgid(0), self._worker_pid
+        thaw = (
+            f"import os, signal, time; time.sleep({STOPPED_S}); "
+            f"os.killpg({group}, signal.SIGCONT); os.kill({worker}, signal.SIGCONT)"
+        )
+        subprocess.Popen([sys.executable, "-c", thaw], start_new_session=True)
+        os.kill(worker, signal.SIGSTOP)
+        os.killpg(group, signal.SIGSTOP)
+
+    def spoil(self, point: str, round: int, blob: bytes) -> bytes:
+        """What goes out instead of `blob`, where that is planned."""
+        kind = self.take(point, round)
+        if not kind:
+            return blob
+        noise = random.Random(round).randbytes(len(blob))
+        if kind == "wrong-shape":
+            return blob[: len(blob) // 2]
+        if kind == "garbage":
+            return noise
+        return _SPOILERS[kind](blob)
+
+
+def _nan(blob: bytes) -> bytes:
+    """All bytes after the header become ones (NaN in every float format); the checksum is made to fit again."""
+    return _resealed(blob[:48] + b"\xff" * (len(blob) - 48))
+
+
+def _other_round(blob: bytes) -> bytes:
+    """The round in the header is one less; the checksum is made to fit again."""
+    round = int.from_bytes(blob[24:28], "little")
+    return _resealed(blob[:24] + max(0, round - 1).to_bytes(4, "little") + blob[28:])
+
+
+def _heavy(blob: bytes) -> bytes:
+    """The first contributor's weight in an aggregate becomes 1e9."""
+    return _resealed(blob[:50] + struct.pack("<d", 1e9) + blob[58:])
+
+
+def _resealed(blob: bytes) -> bytes:
+    head = bytearray(blob)
+    head[36:40] = bytes(4)
+    head[36:40] = zlib.crc32(bytes(head)).to_bytes(4, "little")
+    return bytes(head)
+
+
+def spoil_hello(contribution: Contribution, kind: str) -> Contribution:
+    """The contribution as a peer with that fault would announce it."""
+    if kind == "weight":
+        return replace(contribution, weight=1e9)
+    if kind == "stale-round":
+        return replace(contribution, round=max(0, contribution.round - 1))
+    if kind == "wrong-digest":
+        return replace(contribution, base_digest=bytes(32))
+    return contribution
+
+
+_SPOILERS = {"nan": _nan, "stale-round": _other_round, "weight": _heavy}

@@ -1,0 +1,127 @@
+"""Faults at named points of a round, in a swarm of four real workers: what the honest three must never lose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from swarm_tools import Swarm, WorkerProcess, swarm
+
+from dtrain.dht.faults import VARIABLE
+
+RUN_FILE = """
+[model]
+dim = 64
+num_layers = 1
+num_heads = 2
+hidden_dim = 128
+[train]
+batch_size = 2
+seq_len = 32
+inner_steps = 3
+[exchange]
+start_workers = 4
+matchmaking_s = 10
+round_timeout_s = 12
+sender_timeout_s = 5
+heartbeat_s = 1
+heartbeat_ttl_s = 6
+"""
+ROUND_TIMEOUT_S = 12.0
+FAULT_ROUND = 2
+POINTS = ("matchmaking", "first-part-sent", "half-sent", "reduced", "half-delivered", "before-report")
+CLOSABLE = ("first-part-sent", "half-sent", "half-delivered")
+
+CASES = [
+    *((point, "kill") for point in POINTS),
+    *((point, "stop") for point in POINTS),
+    *((point, "close") for point in CLOSABLE),
+    *(("matchmaking", kind) for kind in ("weight", "stale-round", "wrong-digest")),
+    *(("section", kind) for kind in ("garbage", "nan", "wrong-shape", "stale-round")),
+    *(("aggregate", kind) for kind in ("garbage", "wrong-shape", "weight")),
+]
+IN_CI = [("half-sent", "kill"), ("reduced", "stop"), ("half-delivered", "close"), ("section", "nan")]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Swarm]:
+    (tmp_path / "run.toml").write_text(RUN_FILE)
+    with swarm("chaos", tmp_path) as made:
+        yield made
+
+
+def start(run: Swarm, name: str, faults: list[dict[str, object]]) -> WorkerProcess:
+    flags = ("--config", str(run.base / "run.toml"), "--eval-every", "0", "--audit")
+    return run.start(name, *flags, env={VARIABLE: json.dumps(faults)})
+
+
+def inject(run: Swarm, point: str, kind: str) -> None:
+    """One fault of worker d in round 2; then the laws."""
+    honest = [start(run, name, []) for name in ("a", "b", "c")]
+    faulty = start(run, "d", [{"point": point, "round": FAULT_ROUND, "kind": kind}])
+    last = FAULT_ROUND + 5
+    for worker in honest:
+        worker.wait_for_round(last)
+    check_one_theta([*honest, faulty])
+    check_nothing_is_lost(honest)
+    check_time(honest)
+    before = honest[0].events("round")[FAULT_ROUND - 1]
+    assert len(before["contributors"]) == 4, "the fault came before the swarm was whole"
+    if kind != "kill":
+        check_comes_back(honest[0], faulty)
+
+
+def check_one_theta(workers: list[WorkerProcess]) -> None:
+    """Honest workers that completed a round have the same theta after it; the faulty one too, or it resynced."""
+    *honest, faulty = [worker.digests() for worker in workers]
+    for number in sorted(set().union(*honest)):
+        assert len({d[number] for d in honest if number in d}) == 1, f"the honest disagree after round {number}"
+    resynced = bool(workers[-1].events("resync"))
+    wrong = [n for n, digest in faulty.items() if any(d.get(n, digest) != digest for d in honest)]
+    assert not wrong or resynced, f"the faulty worker differs in rounds {wrong} and was not brought back"
+
+
+def check_nothing_is_lost(workers: list[WorkerProcess]) -> None:
+    """What a worker produced is delivered or in its error feedback: its auditor found no difference."""
+    for worker in workers:
+        audits = worker.events("audit")
+        assert len(audits) >= FAULT_ROUND
+        for audit in audits:
+            assert audit["error"] <= 1e-5 * max(1.0, audit["scale"]), f"{worker.name}: {audit}"
+        # Every round is in the log, none was skipped without a word.
+        numbers = [event["round"] for event in worker.events("round")]
+        missed = set(range(numbers[0], numbers[-1] + 1)) - set(numbers)
+        assert not missed or worker.events("resync"), f"{worker.name} skipped rounds {missed}"
+
+
+def check_time(workers: list[WorkerProcess]) -> None:
+    """A round's exchange never takes longer than its timeout."""
+    for worker in workers:
+        slowest = max(event["exchange_s"] for event in worker.events("round"))
+        assert slowest <= ROUND_TIMEOUT_S + 1.0, f"{worker.name}: {slowest} s"
+
+
+def check_comes_back(honest: WorkerProcess, faulty: WorkerProcess) -> None:
+    """A worker that is not dead contributes again, with everybody's theta."""
+    peer_id = faulty.events("start")[0]["peer_id"]
+    seen = honest.events("round")[-1]["round"]
+    back = honest.wait_for("round", lambda e: e["round"] > FAULT_ROUND + 1 and peer_id in e["contributors"])
+    number = max(back["round"], seen)
+    faulty.wait_for_round(number)
+    assert faulty.digests()[faulty.events("round")[-1]["round"]]
+    check_one_theta([honest, faulty])
+
+
+@pytest.mark.parametrize(("point", "kind"), IN_CI)
+def test_a_fault_harms_nobody_else(point: str, kind: str, run: Swarm) -> None:
+    """The honest keep one theta, lose no delta, and lose no more time than a round's timeout."""
+    inject(run, point, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("point", "kind"), [case for case in CASES if case not in IN_CI])
+def test_every_fault_at_every_point_harms_nobody_else(point: str, kind: str, run: Swarm) -> None:
+    """The same for the whole matrix of points and kinds (`make chaos`)."""
+    inject(run, point, kind)
