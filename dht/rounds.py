@@ -155,8 +155,7 @@ class RoundRunner:
 
     async def _from_others(self, j: int) -> None:
         """Ask the other members for span j until one has it, or all that can be reached are without it for good."""
-        grace = self._deadline + self._sender_timeout_s
-        while j not in self.aggregates and time.monotonic() < grace:
+        while j not in self.aggregates and time.monotonic() < self._deadline:
             others = [i for i in range(len(self.members)) if i != self.own_index]
             answers = await asyncio.gather(*(self._ask_member(i, j) for i in others))
             if j in self.aggregates or TRYING not in answers:
@@ -170,7 +169,7 @@ class RoundRunner:
                 self._call(i, "rpc_fetch_span"),
                 header,
                 max_bytes=self._max_aggregate_bytes(j),
-                timeout_s=self._sender_timeout_s,
+                timeout_s=min(self._sender_timeout_s, self._left_s()),
             )
             if reply.get("status") != HAVE:
                 return TRYING if reply.get("status") == TRYING else WITHOUT

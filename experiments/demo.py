@@ -69,7 +69,6 @@ def run(args: argparse.Namespace) -> int:
             raise
         finally:
             stop_all([member.process for member in cast.members if member.process is not None])
-        cast.swarm.refresh()
         seconds, round_timeout_s = time.monotonic() - began, _round_timeout_s(cast.members[0])
     result = summarize(cast.members, round_timeout_s=round_timeout_s, seconds=seconds)
     print_result(result, console)
@@ -113,13 +112,15 @@ def _set_up(args: argparse.Namespace, base: Path, console: Console) -> tuple[Cas
 
 
 def _play(cast: Cast, stage: Stage) -> None:
-    while not cast.over:
-        cast.play()
+    over = False
+    while not over:
+        over = cast.over  # asked first: what a worker wrote last is still read
+        cast.swarm.refresh()
         stage.show(cast.members)
+        cast.play()
         if cast.failed:
             _report_failure(cast.failed[0])
         time.sleep(POLL_S)
-    cast.play()
     stage.show(cast.members)
 
 

@@ -12,7 +12,6 @@ from dtrain.experiments.demo_watch import SwarmView, WorkerView
 from dtrain.trainer.errors import RunError
 
 START_SLOWDOWN = 2.0  # starting beside workers that train takes longer than starting before them
-EXCHANGE_S = 1.0  # what a round takes beside its inner steps, about
 MIN_CAST = 4  # one leaves, one is killed, and two must be left to compare
 ORIGINS = {
     "peers": "with the weights of its peers",
@@ -60,7 +59,7 @@ class Member:
 
 @dataclass
 class Cast:
-    """The demo's workers. `play` is called again and again and does whatever is due."""
+    """The demo's workers. After each refresh of its swarm, `play` does whatever is due."""
 
     members: list[Member]
     script: Script
@@ -96,8 +95,7 @@ class Cast:
         return self.members[1]
 
     def play(self) -> None:
-        """Start, stop and kill what is due now."""
-        self.swarm.refresh()
+        """Start, stop and kill what is due, as far as the views are refreshed."""
         self._notice()
         self._begin()
         if not self.training_since and any(m.view.state == "training" for m in self.members):
@@ -131,21 +129,19 @@ class Cast:
                     self._bring_in(member)
 
     def _bring_in_latecomers(self, done: int) -> None:
-        """Start them early enough to be in the round that the script says, as fast as rounds go here."""
+        """Start them early enough to be in the round that the script says, as fast as rounds go here.
+
+        Not before round 1 is done: until then there is nothing to get from peers.
+        """
+        if not done:
+            return
+        round_s = (time.monotonic() - self.training_since) / done
         start_s = START_SLOWDOWN * max(member.ready_s for member in self.members)
+        in_at = done + start_s / round_s + 1
         for member in self.members:
-            in_at = done + start_s / self._round_s(done) + 1
             if member.late and member.process is None and in_at >= self.script.join:
                 self.tell(f"{member.name} is started while round {done + 1} is under way")
                 self._bring_in(member)
-
-    def _round_s(self, done: int) -> float:
-        """How long a round takes here; before the first is done, as far as its first steps tell."""
-        if done:
-            return (time.monotonic() - self.training_since) / done
-        views = [member.view for member in self.members if member.view.tokens_per_s > 0]
-        steps_s = (view.inner_steps * view.tokens / view.step / view.tokens_per_s for view in views)
-        return EXCHANGE_S + max(steps_s, default=float("inf"))
 
     def _bring_in(self, member: Member) -> None:
         member.process = self.start(member)

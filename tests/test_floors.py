@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +22,9 @@ DHT_IN_EXPERIMENTS = ("lab", "demo", "dashboard")  # only files that begin so ob
 MAX_LINES = 330
 SUBFOLDERS = {"compression/kernels"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml"}
-
+UNSAFE_CALLS = {"eval", "exec"}
+CODEC_NEEDS = {"torch", "numpy", "numba", "llvmlite", "triton"}
+SLOW_TO_LOAD = {"torch", "hivemind", "numpy", "numba", "cryptography", "rich"}
 
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
@@ -30,13 +35,15 @@ def tree(path: Path) -> ast.Module:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Dotted names of all that a file imports, lazily, conditionally or for types only."""
+    """Dotted names of all that a file imports, lazily, conditionally, for types only or by a name in a string."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}:{node.lineno}: imports are absolute here"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"dtrain(\.\w+)+", str(node.value)):
+            yield str(node.value)  # for importlib or `python -m`
 
 
 def allowed_floors(path: Path) -> set[str]:
@@ -70,13 +77,24 @@ def test_only_dht_knows_hivemind() -> None:
     assert knowing and {path.relative_to(ROOT).parts[0] for path in knowing} == {"dht"}
 
 
+def test_the_codec_needs_little() -> None:
+    """compression/ can be used alone: torch, numpy and the compilers of its kernels are all that it needs."""
+    for path in SOURCES:
+        if path.is_relative_to(ROOT / "compression"):
+            tops = {name.split(".")[0] for name in imported(path)}
+            assert tops <= CODEC_NEEDS | sys.stdlib_module_names | {"dtrain"}, name_of(path)
+
+
 def test_nothing_unpickles() -> None:
-    """Nothing that can run code while it loads: no pickle, no torch.load, no yaml."""
+    """Nothing that can run code while it loads: no pickle in any guise, no torch.load, no yaml, no eval."""
     for path in SOURCES:
         names = set(imported(path))
         assert not {name.split(".")[0] for name in names} & UNSAFE_MODULES, name_of(path)
         used = {ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
         assert "torch.load" not in names | used, name_of(path)
+        for call in (node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)):
+            assert ast.unparse(call.func) not in UNSAFE_CALLS, f"{name_of(path)}:{call.lineno}"
+            assert "allow_pickle" not in {keyword.arg for keyword in call.keywords}, name_of(path)
 
 
 def test_a_file_is_one_idea() -> None:
@@ -101,3 +119,14 @@ def test_mypy_sees_every_folder() -> None:
     for folder in FOLDERS:
         link = ROOT / "typings" / "dtrain" / folder
         assert link.resolve() == ROOT / folder
+
+
+def test_help_loads_nothing_slow() -> None:
+    """`dtrain --help` answers at once: a command's libraries are loaded when it runs."""
+    code = "import sys, dtrain.trainer.cli as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "dtrain" in loaded and not loaded & SLOW_TO_LOAD
