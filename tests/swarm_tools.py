@@ -23,9 +23,7 @@ DEADLINE_S = 150.0  # generous: the test machine may be busy with other things
 class WorkerProcess:
     """One `dtrain worker` and its folder."""
 
-    def __init__(
-        self, run_id: str, name: str, base: Path, *flags: str, env: Mapping[str, str] | None = None
-    ):
+    def __init__(self, run_id: str, name: str, base: Path, *flags: str, env: Mapping[str, str] | None = None):
         self.name, self.folder = name, base / name
         self.log = base / f"{name}.log"
         command = [sys.executable, "-m", "dtrain.trainer.cli", "worker", "--run-id", run_id, "--name", name]
@@ -33,7 +31,9 @@ class WorkerProcess:
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "DTRAIN_RUNTIME_DIR": str(base / "runtime")}
         variables.update(env or {})
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=variables, start_new_session=True
+            )
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """What the worker has written so far of one kind of event."""

@@ -77,7 +77,9 @@ def check_one_theta(workers: list[WorkerProcess]) -> None:
     """Honest workers that completed a round have the same theta after it; the faulty one too, or it resynced."""
     *honest, faulty = [worker.digests() for worker in workers]
     for number in sorted(set().union(*honest)):
-        assert len({d[number] for d in honest if number in d}) == 1, f"the honest disagree after round {number}"
+        assert len({d[number] for d in honest if number in d}) == 1, (
+            f"the honest disagree after round {number}"
+        )
     resynced = bool(workers[-1].events("resync"))
     wrong = [n for n, digest in faulty.items() if any(d.get(n, digest) != digest for d in honest)]
     assert not wrong or resynced, f"the faulty worker differs in rounds {wrong} and was not brought back"

@@ -36,6 +36,7 @@ class Pacer:
         self._target_tokens = manifest.exchange.round_tokens
         self._deadline_s = manifest.exchange.round_deadline_s
         self._exchange = exchange
+        self.came_late = False  # set while this worker's first round after joining or resyncing is under way
 
     @property
     def is_fixed(self) -> bool:
@@ -43,10 +44,12 @@ class Pacer:
 
     def is_over(self, pace: Pace) -> bool:
         """At least one inner step is always done."""
-        if self.is_fixed:
+        if self.is_fixed and not self.came_late:
             return pace.steps >= self.inner_steps
         if pace.steps == 0:
             return False
+        if self.is_fixed:  # who came in the middle of a round does not keep the others waiting
+            return pace.steps >= self.inner_steps or self._others_wait(pace.round)
         return self.remaining_s(pace) <= 0.0
 
     def remaining_s(self, pace: Pace) -> float:
@@ -71,6 +74,10 @@ class Pacer:
         if missing <= 0 or until_deadline <= 0:
             return 0.0
         return min(until_deadline, missing / rate) if rate else until_deadline
+
+    def _others_wait(self, round: int) -> bool:
+        waiting = (view for view in self._exchange.swarm() if view.status["state"] == "exchanging")
+        return any(_number(view, "round") == round for view in waiting)
 
 
 def _number(view: PeerView, key: str) -> float:

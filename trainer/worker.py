@@ -129,6 +129,7 @@ class Worker:
         self.exchange.serve_state(self.outer.shared_state)
         if catch_up(self.outer, self.exchange, self.report.say):
             source = "peers"
+            self.pacer.came_late = True
         self.local.flat.copy_(self.outer.state.theta_flat)
         self.report.joined(source, began)
         self.report.state("waiting")
@@ -220,6 +221,7 @@ class Worker:
             self.strategy.give_back(delivery.payload, outcome.undelivered)
             all_tokens = self.outer.step(outcome.aggregates)
             self._move_local(delivery.base)
+            self.pacer.came_late = False
             self.report.round_done(outcome, delivery.training, all_tokens, len(delivery.payload))
             self._keep()
             return
@@ -227,6 +229,7 @@ class Worker:
         self._set_aside(delivery.base)
         if outcome.verdict != NO_GROUP:
             catch_up(self.outer, self.exchange, self.report.say)
+            self.pacer.came_late = True
             self.report.resync("missed a round; its work is kept for the next")
         self.local.flat.copy_(self.outer.state.theta_flat)
 
