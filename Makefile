@@ -12,7 +12,7 @@ PYTHON ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check chaos soak clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,14 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/python scripts/types.py
 	$(BIN)/pytest --quiet tests/test_floors.py
+
+# Every planned fault at every named point of a round, about 15 minutes.
+chaos: setup
+	$(BIN)/pytest tests/test_chaos.py -m "slow or not slow" $(TEST_ARGS)
+
+# 300 fault-free rounds of four workers, about 10 minutes.
+soak: setup
+	$(BIN)/pytest tests/test_soak.py -m slow $(TEST_ARGS)
 
 clean:
 	rm -rf $(VENV) .hypothesis .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

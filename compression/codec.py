@@ -7,10 +7,8 @@ the bytes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from dtrain.compression import aggregate as agg
@@ -22,6 +20,7 @@ from dtrain.compression.kernels.base import Kernel
 from dtrain.compression.layout import Layout, Shapes
 from dtrain.compression.section import Section, SectionFormat
 from dtrain.compression.spec import CodecSpec
+from dtrain.compression.tensors import check_flat, check_sources, clear_rest, outputs
 
 _AGGREGATES = (wire.UNION, wire.RECOMPRESSED)
 
@@ -42,16 +41,20 @@ class Codec:
         self.num_chunks = self.layout.num_chunks
         self.feedback_numel = self.layout.num_params
         self.kernel = kernel or pick.kernel()
-        self._format = SectionFormat(self.layout, spec.k, spec.value_bits, spec.dense_bits)
+        self.payload_format = SectionFormat(self.layout, spec.k, spec.value_bits, spec.dense_bits)
         k, bits = spec.aggregate_k or spec.k, spec.aggregate_bits or spec.value_bits
-        self._aggregate_format = SectionFormat(self.layout, k, bits, spec.dense_bits)
+        self.aggregate_format = SectionFormat(self.layout, k, bits, spec.dense_bits)
         self._dense = DensePart(self.layout, spec.dense_bits)
         self._id = wire.codec_id(spec, self.shapes)
         self._num_sparse_elements = int(self.layout.offset[self.layout.num_sparse])
 
-    def error_feedback(self) -> torch.Tensor:
-        """A fresh error feedback: zeros, fp32, [feedback_numel], every element once, in chunk order."""
-        return torch.zeros(self.feedback_numel)
+    def error_feedback(self, device: str = "cpu") -> torch.Tensor:
+        """A fresh error feedback: zeros, fp32, [feedback_numel], every element once, in chunk order.
+
+        device: "cuda" keeps it on the GPU where the deltas are, if this machine has a kernel for that.
+        """
+        on_gpu = device == "cuda" and pick.kernel(device).name == "triton"
+        return torch.zeros(self.feedback_numel, device=device if on_gpu else "cpu")
 
     def residual(self, first_chunk: int, num_chunks: int) -> torch.Tensor:
         """A fresh reducer residual for a span: zeros, fp32, its elements in chunk order."""
@@ -67,14 +70,16 @@ class Codec:
         Raises CompressionError that names the tensor when its shape is wrong or it holds NaN or infinity; the
         feedback is then untouched.
         """
-        self._check_feedback(feedback)
+        check_flat("error feedback", feedback, self.feedback_numel)
         _check_place(run, round)
-        self._check_sources(tensors)
+        check_sources(self.layout, tensors)
         sparse, dense = feedback[: self._num_sparse_elements], feedback[self._num_sparse_elements :]
-        lengths, groups = self.kernel.encode(self._format, tensors, sparse, decay, self.spec.transform)
+        lengths, groups = self._kernel_for(feedback).encode(
+            self.payload_format, tensors, sparse, decay, self.spec.transform
+        )
         self._dense.fold(tensors, dense, decay)
         sent = self._dense.send(dense, self.layout.num_sparse, self.num_chunks)
-        body = self._format.join(lengths, groups, sent)
+        body = self.payload_format.join(lengths, groups, sent)
         return wire.seal(wire.PAYLOAD, self._id, run, round, (0, self.num_chunks), body)
 
     def check(self, payload: bytes, *, run: bytes, round: int, first_chunk: int, num_chunks: int) -> None:
@@ -87,7 +92,7 @@ class Codec:
     ) -> None:
         head, body = wire.open_header(payload, (wire.PAYLOAD,), checksum=checksum)
         self._match(head, run, round, place)
-        self._check_body(self._format, body, *place)
+        self._check_body(self.payload_format, body, *place)
 
     def _match(self, head: wire.Header, run: bytes, round: int, place: tuple[int, int]) -> None:
         wire.match_header(
@@ -100,14 +105,14 @@ class Codec:
         head, section = self._open(payload)
         if first_chunk < head.first_chunk or first_chunk + num_chunks > head.first_chunk + head.num_chunks:
             raise CompressionError(f"chunks {first_chunk} + {num_chunks} are not all in this payload")
-        body = self._format.cut(section, first_chunk, num_chunks)
+        body = self.payload_format.cut(section, first_chunk, num_chunks)
         return wire.seal(wire.PAYLOAD, self._id, head.run, head.round, (first_chunk, num_chunks), body)
 
     def give_back(self, feedback: torch.Tensor, payload: bytes, first_chunk: int, num_chunks: int) -> None:
         """Add what that range of a payload sent back into the feedback that it was taken from."""
-        self._check_feedback(feedback)
+        check_flat("error feedback", feedback, self.feedback_numel)
         _, section = self._open(self.cut(payload, first_chunk, num_chunks))
-        self._add(self._format, section, 1.0, feedback[self.layout.elements(first_chunk, num_chunks)])
+        self._add(self.payload_format, section, 1.0, feedback[self.layout.elements(first_chunk, num_chunks)])
 
     def spans(self, shares: Sequence[float]) -> list[tuple[int, int]]:
         """Divide all chunks among reducers in proportion to their shares, in nominal bytes.
@@ -116,16 +121,16 @@ class Codec:
         boundaries of groups. Deterministic. A share of 0 gives an empty span; so may one that is smaller than
         a group.
         """
-        return agg.spans(self.layout, self._format.nominal_bits(), shares)
+        return agg.spans(self.layout, self.payload_format.nominal_bits(), shares)
 
     def max_payload_bytes(self, first_chunk: int, num_chunks: int) -> int:
         """No payload of this range that `encode` writes is longer; what a receiver should at most take in."""
-        return wire.HEADER_BYTES + self._format.max_bytes(first_chunk, num_chunks)
+        return wire.HEADER_BYTES + self.payload_format.max_bytes(first_chunk, num_chunks)
 
     def max_aggregate_bytes(self, first_chunk: int, num_chunks: int, num_members: int) -> int:
         """The same for an aggregate of up to `num_members` contributors, of either kind."""
         union = num_members * self.max_payload_bytes(first_chunk, num_chunks)
-        recompressed = self._aggregate_format.max_bytes(first_chunk, num_chunks)
+        recompressed = self.aggregate_format.max_bytes(first_chunk, num_chunks)
         return wire.HEADER_BYTES + num_members * wire.CONTRIBUTOR_BYTES + max(union, recompressed)
 
     def reduce(
@@ -153,14 +158,13 @@ class Codec:
         if residual is None:
             parts = [head, *(payload for _, _, payload in ordered)]
             return wire.seal(wire.UNION, self._id, run, round, place, parts, len(ordered))
-        if residual.shape != (self._numel(*place),) or residual.dtype != torch.float32:
-            raise CompressionError(f"the residual of chunks {place} must be fp32 [{self._numel(*place)}]")
+        check_flat(f"residual of chunks {place}", residual, self._numel(*place))
         opened = [self._open(payload)[1] for _, _, payload in ordered]
         for weight, section in zip(agg.normalized(contributors), opened, strict=True):
-            self._add(self._format, section, weight, residual)
+            self._add(self.payload_format, section, weight, residual)
         first_group, end_group, first_dense, end_dense = self.layout.split(*place)
         fmt, cut = (
-            self._aggregate_format,
+            self.aggregate_format,
             self._numel(first_chunk, first_dense - first_chunk if first_group < end_group else 0),
         )
         lengths, groups = self.kernel.compress(fmt, residual[:cut], first_group, end_group)
@@ -177,7 +181,7 @@ class Codec:
         contributors, rest = wire.unpack_contributors(head, body)
         agg.check_members(contributors, num_members)
         if head.kind == wire.RECOMPRESSED:
-            self._check_body(self._aggregate_format, rest, first_chunk, num_chunks)
+            self._check_body(self.aggregate_format, rest, first_chunk, num_chunks)
             return
         for section in agg.split_union(rest, len(contributors)):
             self._check(section, run, round, (first_chunk, num_chunks), checksum=False)  # the whole has one
@@ -195,60 +199,46 @@ class Codec:
         An element is the weighted mean over its span's contributors (an absent coefficient counts as 0);
         chunks in no aggregate are 0. Sums run in contributor order: without a transform the result is
         bit-identical on every machine, for any number of threads, and for unions also for any division into
-        spans. out: contiguous fp32 CPU tensors to write into, such as an earlier result; saves the time of
+        spans. out: contiguous fp32 tensors to write into, such as an earlier result; saves the time of
         new memory.
         """
-        outputs = self._outputs(out)
+        tensors = outputs(self.layout, out)
         covered: list[tuple[int, int]] = []
         for data in aggregates:
             head, body = wire.open_header(data, _AGGREGATES, checksum=False)
             agg.check_disjoint(covered, head.first_chunk, head.num_chunks)
             contributors, rest = wire.unpack_contributors(head, body)
             if head.kind == wire.RECOMPRESSED:
-                place = (head.first_chunk, head.num_chunks)
-                self._decode(
-                    self._aggregate_format, [(1.0, self._aggregate_format.parse(rest, *place))], outputs
-                )
-                continue
-            bodies = agg.split_union(rest, len(contributors))
-            opened = [self._open(section)[1] for section in bodies]
-            weighted = list(zip(agg.normalized(contributors), opened, strict=True))
-            self._decode(self._format, weighted, outputs)
+                fmt = self.aggregate_format
+                weighted = [(1.0, fmt.parse(rest, head.first_chunk, head.num_chunks))]
+            else:
+                fmt = self.payload_format
+                opened = [self._open(section)[1] for section in agg.split_union(rest, len(contributors))]
+                weighted = list(zip(agg.normalized(contributors), opened, strict=True))
+            if weighted[0][1].first_group < weighted[0][1].end_group:
+                self._kernel_for(tensors[0]).decode(fmt, weighted, tensors, self.spec.transform)
+            self._dense.decode(weighted, tensors)
         if sum(count for _, count in covered) < self.num_chunks:
-            self._clear(covered, outputs)
-        return outputs
+            clear_rest(self.layout, covered, tensors)
+        return tensors
 
-    def _outputs(self, out: Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
-        if out is None:
-            # One array: numpy asks the system for huge pages then, which are far quicker to come by than
-            # small ones.
-            flat = torch.from_numpy(np.empty(self.num_params, np.float32))
-            return [
-                t.view(s) for t, (_, s) in zip(flat.split(list(self.layout.numels)), self.shapes, strict=True)
-            ]
-        self._check_shapes(out)
-        for (name, _), tensor in zip(self.shapes, out, strict=True):
-            if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
-                raise CompressionError(f"output {name!r} must be contiguous fp32 on the CPU")
-        return list(out)
-
-    def _clear(self, covered: list[tuple[int, int]], outputs: list[torch.Tensor]) -> None:
-        """Set the chunks that no aggregate covers to 0."""
-        rest = np.ones(self.num_chunks, bool)
-        for first, count in covered:
-            rest[first : first + count] = False
-        for chunk in np.flatnonzero(rest).tolist():
-            self.layout.view(outputs[int(self.layout.tensor[chunk])], chunk).zero_()
+    def _kernel_for(self, tensor: torch.Tensor) -> Kernel:
+        """The kernel for the place where a feedback or an output is."""
+        return self.kernel if tensor.device.type == "cpu" else pick.kernel(tensor.device.type)
 
     def _numel(self, first_chunk: int, num_chunks: int) -> int:
         offset = self.layout.offset
         return int(offset[first_chunk + num_chunks] - offset[first_chunk])
 
+    def open_section(self, payload: bytes) -> Section:
+        """Where the groups of a checked payload are, for those who want to look inside."""
+        return self._open(payload)[1]
+
     def _open(self, payload: bytes | memoryview) -> tuple[wire.Header, Section]:
         head, body = wire.open_header(payload, (wire.PAYLOAD,), checksum=False)
         self._match(head, head.run, head.round, (head.first_chunk, head.num_chunks))
         agg.check_range(self.layout, head.first_chunk, head.num_chunks)
-        return head, self._format.parse(body, head.first_chunk, head.num_chunks)
+        return head, self.payload_format.parse(body, head.first_chunk, head.num_chunks)
 
     def _check_body(self, fmt: SectionFormat, body: memoryview, first_chunk: int, num_chunks: int) -> None:
         section = fmt.parse(body, first_chunk, num_chunks)
@@ -259,41 +249,8 @@ class Codec:
         offset = self.layout.offset
         cut = len(out) - int(offset[section.end_dense] - offset[section.first_dense])
         if cut:
-            self.kernel.add(fmt, section, weight, out[:cut])
+            self._kernel_for(out).add(fmt, section, weight, out[:cut])
         self._dense.add(section, weight, out[cut:])
-
-    def _decode(
-        self, fmt: SectionFormat, sections: list[tuple[float, Section]], outputs: list[torch.Tensor]
-    ) -> None:
-        if sections[0][1].first_group < sections[0][1].end_group:
-            self.kernel.decode(fmt, sections, outputs, self.spec.transform)
-        self._dense.decode(sections, outputs)
-
-    def _check_feedback(self, feedback: torch.Tensor) -> None:
-        if feedback.shape != (self.feedback_numel,) or feedback.dtype != torch.float32:
-            raise CompressionError(
-                f"error feedback must be fp32 [{self.feedback_numel}] from error_feedback(), not "
-                f"{feedback.dtype} {list(feedback.shape)}"
-            )
-
-    def _check_shapes(self, tensors: Sequence[torch.Tensor]) -> None:
-        if len(tensors) != len(self.shapes):
-            raise CompressionError(f"{len(tensors)} tensors given, the codec was made for {len(self.shapes)}")
-        for (name, shape), tensor in zip(self.shapes, tensors, strict=True):
-            if tuple(tensor.shape) != shape:
-                raise CompressionError(f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {shape}")
-
-    def _check_sources(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._check_shapes(tensors)
-        for (name, _), tensor in zip(self.shapes, tensors, strict=True):
-            if not tensor.is_floating_point():
-                raise CompressionError(f"tensor {name!r} is {tensor.dtype}, expected a float type")
-            # A sum is finite only if every term is; it may overflow without a culprit, so look again before
-            # refusing.
-            if not math.isfinite(float(tensor.sum(dtype=torch.float32))) and not bool(
-                tensor.isfinite().all()
-            ):
-                raise CompressionError(f"tensor {name!r} holds NaN or infinity; nothing was encoded")
 
 
 def _check_place(run: bytes, round: int) -> None:

@@ -82,9 +82,7 @@ def _midpoints() -> Floats:
     return np.asarray((values[:-1] + values[1:]) / np.float32(2), dtype=np.float32)
 
 
-BUCKET_SHIFT = (
-    18  # a bucket is the sign, the exponent and 5 bits of mantissa of an fp32: it holds few midpoints
-)
+BUCKET_SHIFT = 18  # a bucket is the sign, the exponent and 5 bits of mantissa: it holds few midpoints
 BUCKETS = 1 << (32 - BUCKET_SHIFT)
 
 
@@ -94,7 +92,7 @@ def _first_codes() -> npt.NDArray[np.uint8]:
     bits = np.arange(BUCKETS, dtype=np.uint32) << np.uint32(BUCKET_SHIFT)
     bits = np.where(bits >> 31 == 1, bits | np.uint32((1 << BUCKET_SHIFT) - 1), bits).astype(np.uint32)
     with np.errstate(invalid="ignore"):
-        return np.searchsorted(_midpoints(), bits.view(np.float32)).astype(np.uint8)
+        return np.asarray(np.searchsorted(_midpoints(), bits.view(np.float32)), dtype=np.uint8)
 
 
 def nearest_codes(relative: Floats) -> Bytes:
@@ -109,5 +107,5 @@ def nearest_codes(relative: Floats) -> Bytes:
     while True:
         behind = above[codes] < relative
         if not behind.any():
-            return np.asarray(codes, dtype=np.uint8)
+            return np.ascontiguousarray(codes, dtype=np.uint8)
         codes = codes + behind.astype(np.uint8)

@@ -42,7 +42,8 @@ class DensePart:
         """Bytes of chunks first to end, whose elements are `values` fp32; subtracts what a reader will make
         of them.
         """
-        flat = values.numpy()
+        host = values.cpu()
+        flat = host.numpy()
         scales, elements = [], []
         for a, b in self._tiles(first, end):
             starts, part = self._starts(a, b), self._slice(a, b, first)
@@ -50,6 +51,8 @@ class DensePart:
             flat[part] -= dense.dequantize(largest, data, self._bits, starts)
             scales.append(largest.astype("<f4").tobytes())
             elements.append(data.tobytes())
+        if host is not values:
+            values.copy_(host)
         return b"".join(scales + elements)
 
     def check(self, section: Section) -> None:
@@ -59,9 +62,9 @@ class DensePart:
 
     def add(self, section: Section, weight: float, out: torch.Tensor) -> None:
         """out <- out + weight * section, `out` fp32 with the dense elements of the section's range."""
-        flat = out.numpy()
         for a, b in self._tiles(section.first_dense, section.end_dense):
-            flat[self._slice(a, b, section.first_dense)] += self._values(section, a, b, weight)
+            values = torch.from_numpy(self._values(section, a, b, weight))
+            out[self._slice(a, b, section.first_dense)] += values.to(out.device)
 
     def decode(self, sections: Sequence[tuple[float, Section]], outputs: Sequence[torch.Tensor]) -> None:
         """Write the sum of weight * section, in the order given, into `outputs` (contiguous fp32)."""
@@ -97,7 +100,7 @@ class DensePart:
         return slice(int(offset[first] - offset[base]), int(offset[end] - offset[base]))
 
     def _starts(self, first: int, end: int) -> Ints:
-        return self._layout.offset[first:end] - self._layout.offset[first]
+        return np.asarray(self._layout.offset[first:end] - self._layout.offset[first], dtype=np.int64)
 
     def _tensor_ids(self, first: int, end: int) -> list[int]:
         return [int(index) for index in np.unique(self._layout.tensor[first:end])]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -22,21 +24,53 @@ def pack(fmt: SectionFormat, number: int, positions: Ints, values: Floats) -> tu
     first, end = fmt.layout.group_chunks(number)
     kept = fmt.kept[first:end]
     exponent, scale_codes, ratios, codes = _quantize(values, kept, fmt.value_bits)
+    data = join(fmt, number, exponent, scale_codes, ratios, codes, positions)
+    scale = levels.scales(exponent, scale_codes)
+    return data, _values(codes, scale, ratios, kept, fmt.value_bits, 1.0)
+
+
+def join(
+    fmt: SectionFormat,
+    number: int,
+    exponent: int,
+    scale_codes: Bytes,
+    ratios: Bytes,
+    codes: Ints,
+    positions: Ints,
+) -> bytes:
+    """The bytes of a group from its parts; `positions` [n] from the group's first element."""
     gaps = _gaps(fmt, number, positions)
     r = bits.rice_parameter(gaps)
     head = bytes([exponent, r]) + scale_codes.tobytes() + (b"" if fmt.value_bits == 1 else ratios.tobytes())
-    data = head + bits.pack(codes, fmt.value_bits) + bits.pack_gaps(gaps, r)
-    scale = levels.scales(exponent, scale_codes)
-    return data, _values(codes, scale, ratios, kept, fmt.value_bits, 1.0)
+    return head + bits.pack(codes, fmt.value_bits) + bits.pack_gaps(gaps, r)
+
+
+class Fields(NamedTuple):
+    """A group as it is written: scale, ratio [chunks]; codes, gaps [n]."""
+
+    scale: Floats
+    ratios: Bytes
+    codes: Ints
+    gaps: Ints
 
 
 def unpack(fmt: SectionFormat, number: int, data: Bytes, weight: float = 1.0) -> tuple[Ints, Floats]:
     """Read a group: (positions [n] from the group's first element, weight * values [n] fp32).
 
-    Raises PayloadError: "bad-length", "bad-scale", "bad-rice", "bad-padding", "index-out-of-range".
+    Raises PayloadError: those of `unpack_fields`, and "index-out-of-range".
     """
     first, end = fmt.layout.group_chunks(number)
-    kept, chunks = fmt.kept[first:end], end - first
+    fields = unpack_fields(fmt, number, data)
+    positions = positions_of(fmt, number, fields.gaps)
+    return positions, _values(
+        fields.codes, fields.scale, fields.ratios, fmt.kept[first:end], fmt.value_bits, weight
+    )
+
+
+def unpack_fields(fmt: SectionFormat, number: int, data: Bytes) -> Fields:
+    """Take a group apart. Raises PayloadError: "bad-length", "bad-scale", "bad-rice", "bad-padding"."""
+    first, end = fmt.layout.group_chunks(number)
+    chunks, total = end - first, int(fmt.group_kept[number])
     fixed = int(fmt.fixed_bytes[number])
     if len(data) < fixed:
         raise PayloadError(
@@ -52,11 +86,8 @@ def unpack(fmt: SectionFormat, number: int, data: Bytes, weight: float = 1.0) ->
     ratios = np.zeros(chunks, np.uint8)
     if fmt.value_bits > 1:
         ratios, at = data[at : at + chunks], at + chunks
-    total = int(kept.sum())
     codes = bits.unpack(data[at:fixed], total, fmt.value_bits)
-    gaps = bits.unpack_gaps(data[fixed:], total, r)
-    positions = _positions(fmt, number, gaps)
-    return positions, _values(codes, scale, ratios, kept, fmt.value_bits, weight)
+    return Fields(scale, ratios, codes, bits.unpack_gaps(data[fixed:], total, r))
 
 
 def _gaps(fmt: SectionFormat, number: int, positions: Ints) -> Ints:
@@ -69,7 +100,7 @@ def _gaps(fmt: SectionFormat, number: int, positions: Ints) -> Ints:
     return gaps
 
 
-def _positions(fmt: SectionFormat, number: int, gaps: Ints) -> Ints:
+def positions_of(fmt: SectionFormat, number: int, gaps: Ints) -> Ints:
     """Inverse of `_gaps`; no gap is so large that a sum could wrap (each is below 2**37)."""
     first, end = fmt.layout.group_chunks(number)
     kept = fmt.kept[first:end]

@@ -53,7 +53,7 @@ class Layout:
         sparse: list[tuple[Ints, Ints, Ints, Ints]] = []
         dense: list[tuple[Ints, Ints, Ints, Ints]] = []
         for index, numel in enumerate(self.numels):
-            if numel >= spec.chunk:
+            if numel >= spec.chunk and spec.kind == "topk":
                 columns = _block_columns(self.shapes[index][1]) if spec.chunk == BLOCK_SIDE**2 else 0
                 sparse.append(_blocks(index, numel, columns) if columns else _runs(index, numel, spec.chunk))
             elif numel:

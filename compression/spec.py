@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dtrain.compression.errors import CompressionError
 
+KINDS = ("topk", "dense")
 VALUE_BITS = (1, 2, 4, 8, 16)
 TRANSFORMS = ("none", "dct")
 INDEX_CODERS = ("auto", "rice")
@@ -19,6 +20,9 @@ MIN_CHUNK, MAX_CHUNK = 16, 65536
 @dataclass(frozen=True)
 class CodecSpec:
     """How tensors are cut, what is kept of each chunk and how it is written. Part of a run's manifest."""
+
+    kind: str = "topk"
+    """"topk" sends the largest coefficients of every chunk; "dense" sends every element with `dense_bits`."""
 
     chunk: int = 4096
     """Elements per chunk, 16 to 65536. With 4096, matrices are cut into 64 x 64 blocks where they divide
@@ -42,7 +46,7 @@ class CodecSpec:
     """How positions are written; "auto" takes the best coder known to this version of the format ("rice")."""
 
     dense_bits: int = 16
-    """Tensors with fewer than `chunk` elements travel dense: 16 = fp16, 8 = blockwise 8 bit, 32 = fp32."""
+    """How tensors with fewer than `chunk` elements travel, or all: 16 = fp16, 8 = blockwise 8 bit, 32 = fp32."""
 
     aggregate_k: int = 0
     """Coefficients per full chunk of a recompressed aggregate; 0 = the same as `k`."""
@@ -51,6 +55,7 @@ class CodecSpec:
     """Value bits of a recompressed aggregate; 0 = the same as `value_bits`."""
 
     def __post_init__(self) -> None:
+        _choice("kind", self.kind, KINDS)
         _whole("chunk", self.chunk, MIN_CHUNK, MAX_CHUNK)
         _whole("k", self.k, 1, self.chunk)
         _choice("value_bits", self.value_bits, VALUE_BITS)

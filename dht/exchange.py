@@ -94,7 +94,10 @@ class DhtExchange:
         self._closing = threading.Event()
         self._heartbeat_ttl_s = 0.0
         self.peer_id = ""
-        self.addresses: list[str] = []
+        self.reach = ""  # "direct", or "client" when nobody can dial this machine; known once connected
+        self.addresses: list[str] = []  # where others can join: here, or where we did if nobody can dial us
+        self.on_change: Callable[[str], None] = lambda reason: None  # after the network process had to be renewed
+        self._moved = ""
         self.process = NetworkProcess(self._hear, self._reply)
 
     def connect(self) -> None:
@@ -107,8 +110,9 @@ class DhtExchange:
             host=self._settings.host,
             port=self._settings.port,
             initial_peers=[*self._settings.initial_peers, *self._known_addresses()],
+            reach_before=self.reach,
         )
-        self.peer_id, self.addresses = answer["peer_id"], answer["addresses"]
+        self.peer_id, self.addresses, self.reach = answer["peer_id"], answer["addresses"], answer["reach"]
 
     def find_manifests(self, run_id: str) -> list[bytes]:
         """Signed manifests that peers have published under this run id, unchecked."""
@@ -161,7 +165,10 @@ class DhtExchange:
         self._past_traffic, self._traffic = self.traffic(), (0, 0)
         self.connect()
         self.process.command("open_run", timeout_s=OPEN_TIMEOUT_S, **self._run)
-        self._announce()
+        if self._status is not None:
+            self.announce(self._status)  # reach and address may be others now
+        reason, self._moved = self._moved or "the network process ended unexpectedly", ""
+        self.on_change(reason)
 
     def _known_addresses(self) -> list[str]:
         return [str(view.status["address"]) for view in self._swarm[1] if view.status.get("address")]
@@ -184,6 +191,9 @@ class DhtExchange:
             self._swarm = (time.monotonic(), [PeerView(*peer) for peer in message["peers"]])
             up, down = message["traffic"]
             self._traffic = (up, down)
+        elif message["event"] == "moved":
+            self._moved = message["reason"]
+            self.process.announce_end(f"{self._moved}: connecting anew")
         elif message["event"] == "progress" and self._on_progress is not None:
             self._on_progress(message["have"], message["total"])
 
@@ -200,7 +210,8 @@ class DhtExchange:
     # ------------------------------------------------------------------ the Exchange protocol
 
     def announce(self, status: Mapping[str, object]) -> None:
-        self._status = {**status, "address": self.addresses[0] if self.addresses else ""}
+        address = self.addresses[0] if self.addresses and self.reach != "client" else ""
+        self._status = {**status, "address": address, "reach": self.reach}
         self._announce()
 
     def swarm(self) -> Sequence[PeerView]:

@@ -12,6 +12,7 @@ import base58
 from hivemind.dht.node import DHTNode
 from hivemind.utils import get_dht_time
 
+from dtrain.dht.reachability import CLIENT
 from dtrain.dht.records import pack_status, unpack_status
 
 HURRY = 6  # how many times more often the swarm is looked at while a group is sought
@@ -32,6 +33,11 @@ class PeerRecord:
     def is_active(self) -> bool:
         """Whether this peer takes part in rounds, so that the others wait for it."""
         return self.status["state"] not in ABSENT
+
+    @property
+    def can_be_dialled(self) -> bool:
+        """Whether this peer can be asked for anything; one that nobody can dial only asks others."""
+        return self.status.get("reach") != CLIENT
 
     @property
     def work(self) -> float:
@@ -104,7 +110,12 @@ class Heartbeats:
 
     def donors(self) -> list[PeerRecord]:
         """Peers that can hand out past rounds and state."""
-        return [record for record in self.others() if record.status["state"] != "joining"]
+        return [r for r in self.others() if r.status["state"] != "joining" and r.can_be_dialled]
+
+    def addresses(self) -> list[str]:
+        """Where the peers that can be dialled say that they are."""
+        said = (record.status.get("address") for record in self.others() if record.can_be_dialled)
+        return [address for address in said if isinstance(address, str)]
 
     def ahead(self) -> list[PeerRecord]:
         """Peers whose theta has more work in it than ours."""

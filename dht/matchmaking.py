@@ -43,6 +43,7 @@ class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind ships no 
     def __init__(self, *args: Any, base_prefix: str, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._base_prefix = base_prefix
+        self._ticket_lasts_s = 0.0
 
     async def find_round_group(
         self, round: int, ticket: Ticket, expected: Callable[[], int]
@@ -53,6 +54,7 @@ class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind ships no 
         peer that dies while the others wait is waited for only until its heartbeat runs out.
         """
         self.group_key_manager.prefix = f"{self._base_prefix}-{round}"
+        self._ticket_lasts_s = ticket.get_timeout()
         self._set_sizes(expected())
         search = asyncio.create_task(self.look_for_group(ticket))
         watcher = asyncio.create_task(self._start_when_complete(expected))
@@ -89,6 +91,16 @@ class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind ships no 
             and not self.assembled_group.done()
             and len(self.current_followers) + 1 >= self.target_group_size
         )
+
+    def get_request_expiration_time(self) -> float:
+        """DHT time until which we would wait for a leader to start its group.
+
+        A leader refuses whoever gives up before it starts. A peer that cannot lead may have come before its leader
+        did, so it waits for as long as a leader's ticket can last.
+        """
+        if self.client_mode:
+            return float(get_dht_time()) + self._ticket_lasts_s
+        return float(super().get_request_expiration_time())
 
     async def rpc_join_group(
         self, request: averaging_pb2.JoinRequest, context: P2PContext

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hivemind.dht.node import DHTNode
-from hivemind.p2p import P2P
 from hivemind.utils import get_dht_time
 
 from dtrain.compression.codec import Codec
@@ -30,21 +28,28 @@ from dtrain.compression.spec import CodecSpec
 from dtrain.compression.warm_up import warm_up
 from dtrain.dht import ipc, rendezvous, streams
 from dtrain.dht.averager import RunTerms, SwarmAverager
+from dtrain.dht.connection import attach
 from dtrain.dht.faults import PIECE_BYTES, FaultPlan
 from dtrain.dht.heartbeats import Heartbeats
 from dtrain.dht.history import RoundRecord
 from dtrain.dht.identity import IdentityError, load_or_create
 from dtrain.dht.matchmaking import LocalDht
 from dtrain.dht.membership import Contribution
-from dtrain.dht.records import MAX_RECORD_BYTES, SignedRecords
+from dtrain.dht.reachability import CLIENT, DIRECT, Witness, ip_of
+from dtrain.dht.records import MAX_RECORD_BYTES
+from dtrain.dht.roaming import LOOK_PERIOD_S, MachineWatch
 from dtrain.dht.state import StateDonor, fetch_state
 from dtrain.dht.streams import StreamError, in_background
-from dtrain.dht.transport import Traffic, TransportError, patch_hivemind, start_daemon
+from dtrain.dht.transport import Traffic, TransportError, patch_hivemind
 
 MANIFEST_LIFETIME_S = 1800.0
 MANIFEST_PERIOD_S = 600.0
 SNAPSHOT_TIMEOUT_S = 60.0
 SHOW_PERIOD_S = 0.25
+NO_LEADER = (
+    "nobody can dial this machine, nor any other worker that is here now: "
+    "waiting for one that can be dialled; the round's work is kept"
+)
 LEAVE_S = 2.0  # longest wait for our last heartbeat on the way out
 
 Args = dict[str, Any]
@@ -61,6 +66,7 @@ class NetworkPeer:
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._next_question = 0
         self._tasks: list[asyncio.Task[Any]] = []
+        self._moved = ""
 
     async def serve(self) -> None:
         """Serve the worker until it says "close" or is gone."""
@@ -107,30 +113,35 @@ class NetworkPeer:
     # ------------------------------------------------------------------ commands
 
     async def connect(self, args: Args) -> Args:
-        """Start the daemon and the DHT node; returns the peer id and the addresses others can dial."""
+        """Start the daemon and the DHT node; returns the peer id and the addresses others can join through."""
         self._private = Path(args["private_folder"])
         patch_hivemind(self._private, self._traffic)
         identity = load_or_create(Path(args["identity"]))
-        peers = args["initial_peers"]
-        self._p2p: P2P = await start_daemon(
-            identity, host=args["host"], port=args["port"], initial_peers=peers
+        self._connection = await attach(
+            identity,
+            self._private,
+            host=args["host"],
+            port=args["port"],
+            peers=args["initial_peers"],
+            before=args["reach_before"],
         )
+        self._p2p, self._node = self._connection.p2p, self._connection.node
         daemon_end = asyncio.ensure_future(self._p2p._child.wait())
         daemon_end.add_done_callback(
             lambda _: self._writer.close()
         )  # without it we are deaf: end, be restarted
-        try:
-            self._node = await DHTNode.create(
-                p2p=self._p2p,
-                initial_peers=peers or None,
-                record_validator=SignedRecords(identity),
-                cache_locally=False,
-                cache_on_store=False,
-            )
-        except Exception as error:  # hivemind raises several types when nobody answers
-            raise TransportError(f"the given peers do not answer: {str(error)[:300]}") from None
-        addresses = [str(address) for address in await self._p2p.get_visible_maddrs()]
-        return {"peer_id": identity.peer_id, "addresses": addresses}
+        if self._connection.reach == DIRECT:
+            await Witness(self._p2p, self._seen_addresses).open()
+        ips = [ip_of(place) for places in self._connection.known.values() for place in places]
+        self._tasks += [
+            asyncio.create_task(self._connection.keep(self._seen_addresses)),
+            asyncio.create_task(self._watch_machine(MachineWatch(args["host"], filter(None, ips)))),
+        ]
+        return {
+            "peer_id": identity.peer_id,
+            "addresses": self._connection.addresses,
+            "reach": self._connection.reach,
+        }
 
     async def find_manifests(self, args: Args) -> list[bytes]:
         """Every manifest that somebody has published under this run id, unchecked."""
@@ -155,7 +166,7 @@ class NetworkPeer:
             streams.PIECE_BYTES = PIECE_BYTES
         self._donor = StateDonor(self._make_snapshot)
         self._averager = SwarmAverager(
-            terms, self._codec, LocalDht(self._node), self._donor.offer, client_mode=False, faults=faults
+            terms, self._codec, LocalDht(self._node), self._donor.offer, client_mode=self._is_client, faults=faults
         )
         await self._averager.open(self._p2p)
         self._tasks.append(asyncio.create_task(self._publish_manifest(args["run_id"], args["manifest"])))
@@ -167,7 +178,7 @@ class NetworkPeer:
             args["worker_pid"],
             str(self._node.peer_id),
             terms.manifest_hash.hex(),
-            [str(address) for address in await self._p2p.get_visible_maddrs()],
+            self._connection.addresses,
         )
         self._rendezvous_file = rendezvous.publish(worker)
 
@@ -186,6 +197,11 @@ class NetworkPeer:
         while True:
             if self._heartbeats.ahead():
                 return {"verdict": "stale"}
+            if self._lacks_a_leader():
+                if time.monotonic() - started > self._terms.matchmaking_s:
+                    return {"verdict": "no-group", "problem": NO_LEADER}
+                await asyncio.sleep(SHOW_PERIOD_S)
+                continue
             if not self._heartbeats.active():
                 return self._verdict("alone", await self._averager.run_alone(contribution))
             record = await self._averager.run_round(contribution, self._expected)
@@ -205,8 +221,14 @@ class NetworkPeer:
                 return {"verdict": "no-group", "problem": problem}
 
     def _expected(self) -> int:
-        """How many peers may come to our round, ourselves included; 0 once somebody is ahead of us."""
-        return 0 if self._heartbeats.ahead() else len(self._heartbeats.active()) + 1
+        """How many peers may come to our round, ourselves included; 0 once there is nothing to meet for."""
+        if self._heartbeats.ahead() or self._lacks_a_leader():
+            return 0
+        return len(self._heartbeats.active()) + 1
+
+    def _lacks_a_leader(self) -> bool:
+        """Whether nobody here can be dialled, us included: such peers cannot meet. Alone we would leave the run."""
+        return self._is_client and not any(record.can_be_dialled for record in self._heartbeats.active())
 
     @staticmethod
     def _verdict(verdict: str, record: RoundRecord) -> Args:
@@ -245,7 +267,23 @@ class NetworkPeer:
             return None
         return {"round": offer.round, "work": offer.work, "digest": offer.digest, "path": str(path)}
 
+    @property
+    def _is_client(self) -> bool:
+        return self._connection.reach == CLIENT
+
+    def _seen_addresses(self) -> list[str]:
+        """Of the peers that are there and can be dialled."""
+        return self._heartbeats.addresses() if hasattr(self, "_heartbeats") else []
+
     # ------------------------------------------------------------------ background work
+
+    async def _watch_machine(self, watch: MachineWatch) -> None:
+        """When this machine has moved, tell the worker why and end; it starts us again, with the same identity."""
+        while not self._moved:
+            await asyncio.sleep(LOOK_PERIOD_S)
+            self._moved = watch.look()
+        self._send({"event": "moved", "reason": self._moved})
+        self._writer.close()
 
     async def _make_snapshot(self) -> tuple[int, float, bytes, Path] | None:
         made = await self._ask_worker("state")
@@ -275,7 +313,7 @@ class NetworkPeer:
         for task in self._tasks:
             task.cancel()
         try:
-            if hasattr(self, "_heartbeats"):
+            if hasattr(self, "_heartbeats") and not self._moved:
                 goodbye = self._heartbeats.announce({**self._heartbeats.status, "state": "leaving"})
                 await asyncio.wait_for(goodbye, LEAVE_S)
         except Exception:  # leaving anyway

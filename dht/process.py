@@ -56,6 +56,7 @@ class NetworkProcess:
         self._pending: dict[int, _Pending] = {}
         self._next_id = 0
         self._closing = threading.Event()
+        self._last_words = ""
         self._restart_lock, self._child_lock = threading.Lock(), threading.Lock()
         sweep_left_overs()
         self._start()
@@ -161,12 +162,17 @@ class NetworkProcess:
                     lost = self._connection
                     self._closing.wait(RESTART_PAUSE_S)
 
+    def announce_end(self, reason: str) -> None:
+        """The child ends on purpose, to be started again; `reason` is a line for the user."""
+        self._last_words = reason
+
     def _replace_child(self) -> bool:
         with self._child_lock:
             if self._closing.is_set():
                 return False
             self._bury()
-            logging.warning("the network process ended unexpectedly; starting it again")
+            logging.warning(self._last_words or "the network process ended unexpectedly; starting it again")
+            self._last_words = ""
             self._start()
             return True
 

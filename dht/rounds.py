@@ -156,7 +156,7 @@ class RoundRunner:
     async def _from_others(self, j: int) -> None:
         """Ask the other members for span j until one has it, or all that can be reached are without it for good."""
         while j not in self.aggregates and time.monotonic() < self._deadline:
-            others = [i for i in range(len(self.members)) if i != self.own_index]
+            others = [i for i, m in enumerate(self.members) if m.reduces and i != self.own_index]
             answers = await asyncio.gather(*(self._ask_member(i, j) for i in others))
             if j in self.aggregates or TRYING not in answers:
                 return

@@ -77,30 +77,47 @@ def _count_unary(traffic: Traffic) -> None:
     ControlClient.add_unary_handler = counted_add
 
 
-async def start_daemon(identity: Identity, *, host: str, port: int, initial_peers: Sequence[str]) -> P2P:
+async def start_daemon(
+    identity: Identity,
+    *,
+    host: str,
+    port: int,
+    initial_peers: Sequence[str] = (),
+    announce: Sequence[str] = (),
+    dialable: bool = True,
+) -> P2P:
     """Start the libp2p daemon on TCP `host`:`port` (0 = any free port). Raises TransportError.
 
-    TCP only: over QUIC most streamed replies were lost to the hang-up race.
+    It connects with `initial_peers` at once. `announce` replaces the addresses that it tells others; one that is not
+    `dialable` listens nowhere. TCP only: over QUIC most streamed replies were lost to the hang-up race.
     """
-    check_port(host, port)
+    where: dict[str, Any] = {"no_listen": True, "host_maddrs": None, "dht_mode": "client"}
+    if dialable:
+        check_port(host, port)
+        where = {"host_maddrs": [f"/ip4/{host}/tcp/{port}"], "announce_maddrs": list(announce) or None}
     try:
         return await P2P.create(
             identity_path=str(identity.path),
             initial_peers=list(initial_peers) or None,
-            host_maddrs=[f"/ip4/{host}/tcp/{port}"],
             check_if_identity_free=False,
             use_relay=False,
             auto_nat=False,
             nat_port_map=False,
             idle_timeout=DAEMON_IDLE_S,
+            **where,
         )
     except Exception as error:  # hivemind raises several types, most with the daemon's last line
         if initial_peers:
-            raise TransportError(
-                f"none of the given peers can be reached ({', '.join(initial_peers)}): "
-                "is that worker still running, and is its address right?"
-            ) from None
+            raise TransportError(nobody_answers(initial_peers)) from None
         raise TransportError(f"the network daemon did not start: {str(error)[:300]}") from None
+
+
+def nobody_answers(peers: Sequence[str]) -> str:
+    """A line for the user who gave these addresses."""
+    return (
+        f"none of the given peers can be reached ({', '.join(peers)}): "
+        "is that worker still running, and is its address right?"
+    )
 
 
 def check_port(host: str, port: int) -> None:

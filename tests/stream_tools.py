@@ -24,6 +24,8 @@ class Line:
     def __init__(self, *, loses: bool = True) -> None:
         self.loses = loses
         self.num_calls = 0
+        self.num_acknowledged = 0
+        """Calls that the caller ended with an end of stream."""
         self.num_hung_up_first = 0
         """Calls in which the answering side hung up before the caller's end of stream."""
         self.open = 0
@@ -49,6 +51,7 @@ class _Connection:
     async def _write(self, requests: Messages) -> None:
         async for message in requests:
             await self._inbox.put(message)
+        self._line.num_acknowledged += 1
         self._caller_done = True
         await self._inbox.put(None)
 

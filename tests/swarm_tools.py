@@ -49,7 +49,10 @@ class WorkerProcess:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def wait_for(
-        self, kind: str, matches: Callable[[dict[str, Any]], bool] = lambda _: True
+        self,
+        kind: str,
+        matches: Callable[[dict[str, Any]], bool] = lambda _: True,
+        deadline_s: float = DEADLINE_S,
     ) -> dict[str, Any]:
         """The first event of a kind that matches, as soon as it is there."""
 
@@ -58,7 +61,7 @@ class WorkerProcess:
                 raise AssertionError(f"{self.name} ended with {self.process.returncode}:\n{self.tail()}")
             return next((e for e in self.events(kind) if matches(e)), None)
 
-        return eventually(look, f"{self.name}: no {kind!r} event\n{self.tail()}")
+        return eventually(look, f"{self.name}: no {kind!r} event\n{self.tail()}", deadline_s)
 
     def wait_for_round(self, number: int) -> dict[str, Any]:
         return self.wait_for("round", lambda event: event["round"] >= number)

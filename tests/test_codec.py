@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dtrain.compression import dense
 from dtrain.compression.codec import Codec
 from dtrain.compression.errors import CompressionError
 from dtrain.compression.layout import Layout
@@ -221,3 +223,27 @@ def test_specs_name_what_is_wrong() -> None:
     ]:
         with pytest.raises(CompressionError, match=text):
             CodecSpec.from_dict(settings_)
+
+
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.02), (16, 1e-3), (32, 0.0)])
+def test_a_dense_codec_sends_everything(bits: int, error: float) -> None:
+    """kind "dense": every element arrives within the format's precision, the feedback keeps the rest to the bit."""
+    codec = Codec(CodecSpec(kind="dense", dense_bits=bits), SHAPES)
+    tensors, feedback = make(SHAPES, 2), codec.error_feedback()
+    payload = codec.encode(tensors, feedback, decay=0.0, run=RUN, round=0)
+    assert len(payload) <= codec.num_params * bits / 8 * 1.04 + 64
+    found = sent(codec, payload)
+    for tensor, arrived in zip(tensors, found, strict=True):
+        assert float((tensor - arrived).norm()) <= error * float(tensor.norm())
+    assert torch.equal(feedback, in_chunk_order(codec, tensors) - in_chunk_order(codec, found))
+
+
+def test_blockwise_codes_are_the_nearest() -> None:
+    """8 bit: every element gets the nearest of the 256 values, which are those of bitsandbytes."""
+    values = torch.randn(4096, generator=torch.Generator().manual_seed(1)).numpy() ** 3
+    largest, codes = dense.quantize(values, 8, np.arange(0, 4096, 256))
+    distance = np.abs(dense.dynamic_map()[None, :] - (values / np.repeat(largest, 256))[:, None])
+    assert np.allclose(distance[np.arange(4096), codes], distance.min(1), rtol=0, atol=1e-7)
+    functional = pytest.importorskip("bitsandbytes.functional")
+    theirs = np.sort(functional.create_dynamic_map().numpy())
+    assert np.allclose(dense.dynamic_map(), theirs, rtol=0, atol=1e-6)

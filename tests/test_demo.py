@@ -293,3 +293,16 @@ def test_a_stopped_demo_leaves_nothing(number: signal.Signals, temp_folder: Path
     eventually(lambda: not processes_of(temp_folder), "a process is left", 20.0)
     if number != signal.SIGKILL:
         assert not files_of(temp_folder)
+
+
+def test_a_worker_that_fails_ends_the_demo(temp_folder: Path) -> None:
+    """A death that is not in the script is reported with the worker's last lines; nothing is left behind."""
+    demo = start_demo(temp_folder)
+    eventually(lambda: any(p.name() == "p2pd" for p in processes_of(temp_folder)), "no worker came up")
+    (worker,) = psutil.Process(demo.pid).children()
+    worker.kill()
+    output, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 1
+    assert "dtrain: worker-1 failed with exit code -9" in output
+    assert not processes_of(temp_folder)
+    assert not files_of(temp_folder)

@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "trainer": {"trainer", "compression"},
     "experiments": {"experiments", "trainer", "compression"},
 }
-DHT_IN_EXPERIMENTS = ("lab", "demo", "dashboard")  # only files that begin so observe a real network
+# Only files that begin so observe a real network.
+DHT_IN_EXPERIMENTS = ("lab", "demo", "dashboard", "bench_exchange")
 MAX_LINES = 330
 SUBFOLDERS = {"compression/kernels"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml"}

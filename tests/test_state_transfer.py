@@ -52,9 +52,12 @@ class Donor:
             header = parse_header((await next_message(requests, 30.0)).value, 0)
             if header.get("want") == "data":
                 self.offsets.append(header["offset"])
-            return await self.donor.offer(header)
+            return await self.offer(header)
 
         return answer(requests, handle)
+
+    async def offer(self, header: dict[str, Any]) -> tuple[dict[str, Any], bytes | memoryview]:
+        return await self.donor.offer(header)
 
 
 def swarm_of(donors: dict[str, Donor | None], line: Line) -> Callable[[str, str], Call]:
@@ -238,27 +241,20 @@ def test_a_malformed_offer_is_none(changes: dict[str, object], tmp_path: Path) -
 
 
 def test_a_donor_cannot_send_more_than_it_offered(tmp_path: Path) -> None:
-    """A donor that goes on past the offered size is cut off; the disk never holds more."""
-    greedy = Donor(tmp_path, OTHER)
+    """A donor that goes on past the offered size is cut off there, and what came of it is fetched again."""
 
-    def fault(honest: Handler) -> Handler:
-        async def handler(requests: Messages) -> Messages:
-            async for message in honest(requests):
-                header = msgpack.unpackb(message.value) if len(message.value) < 1000 else {}
-                if "total" in header:
-                    header["total"] = 2 * PIECE_BYTES
-                    yield BytesValue(value=msgpack.packb(header))
-                elif header:  # says that it fits
-                    yield BytesValue(value=msgpack.packb({"size": 2 * PIECE_BYTES}))
-                else:
-                    yield message
+    class Deaf(Donor):
+        """Sends everything from the beginning, whatever offset was asked for."""
 
-        return handler
+        async def offer(self, header: dict[str, Any]) -> tuple[dict[str, Any], bytes | memoryview]:
+            return await self.donor.offer({**header, "offset": 0})
 
-    greedy.fault = fault
-    offer, progress = fetch({"a": greedy}, tmp_path / "in")
-    assert offer is None
-    assert max(have for have, _ in progress) <= 2 * PIECE_BYTES
+    first, deaf, third = Donor(tmp_path), Deaf(tmp_path), Donor(tmp_path)
+    first.fault = cut_after(3, times=1)
+    offer, progress = fetch({"a": first, "b": deaf, "c": third}, tmp_path / "in")
+    assert offer is not None and (tmp_path / "in").read_bytes() == STATE
+    assert max(have for have, _ in progress) == len(STATE)
+    assert (first.offsets, deaf.offsets, third.offsets) == ([0, 0], [3 * PIECE_BYTES], [10 * PIECE_BYTES])
 
 
 # ---------------------------------------------------------------------- giving

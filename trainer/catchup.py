@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from dtrain.trainer.checkpoint import unpack
 from dtrain.trainer.errors import CheckpointError
-from dtrain.trainer.exchange import Exchange, PeerView, work_of
+from dtrain.trainer.exchange import Exchange, PeerView, can_give, work_of
 from dtrain.trainer.outer_loop import OuterLoop
 
 REPLAY_AT_MOST = 64  # rounds; beyond that theta itself is the smaller download
@@ -35,9 +35,9 @@ def catch_up(outer: OuterLoop, exchange: Exchange, say: Say) -> bool:
 
 
 def _ahead(outer: OuterLoop, exchange: Exchange) -> PeerView | None:
-    """The visible peer with the most work, if that is not us or our equal."""
+    """The peer with the most work of those that could hand it on, if that is not us or our equal."""
     digest = outer.digest.hex()
-    views = [view for view in exchange.swarm() if view.status["state"] != "joining"]
+    views = [view for view in exchange.swarm() if can_give(view)]
     best = min(views, key=lambda view: (-work_of(view), str(view.status["digest"])), default=None)
     if best is None or work_of(best) < outer.tokens or best.status["digest"] == digest:
         return None

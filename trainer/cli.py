@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "worker": ("dtrain.trainer.cli_worker", "join a run, or begin one, and train"),
+    "bench": ("dtrain.experiments.bench", "measure speed and size side by side"),
     "demo": ("dtrain.experiments.demo", "watch a small swarm train on this machine"),
 }
 

@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 MAX_WORKERS_IN_A_FOLDER = 64
 NOTICE_AFTER_S = 2.0
 
+REACH_LINES = {
+    "direct": "Others can dial this machine.",
+    "client": "Nobody can dial this machine directly; contributing in client mode.",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
@@ -149,7 +154,9 @@ def _start(
         run_id=run_id,
         manifest_hash=signed.manifest.hash.hex(),
         num_params=worker.codec.num_params,
+        reach=exchange.reach,
     )
+    exchange.on_change = lambda reason: _changed(exchange, metrics, reason)
     _say(
         f"Run {run_id}: {worker.codec.num_params / 1e6:.1f}M parameters on {worker.report.device}; "
         f"you are {name} ({exchange.peer_id[-8:]}). Ctrl-C leaves cleanly."
@@ -174,8 +181,14 @@ def _connect(args: argparse.Namespace, folder: Path, peers: list[str], stack: Ex
 
     exchange.connect()
     if peers:
-        _say(f"Connected to the run through {len(peers)} known addresses.")
+        _say(f"Connected to the run. {REACH_LINES[exchange.reach]}")
     return exchange
+
+
+def _changed(exchange: DhtExchange, metrics: MetricsLog, reason: str) -> None:
+    """The network process was renewed."""
+    metrics.write("network", reason=reason, reach=exchange.reach, addresses=exchange.addresses)
+    _say(f"Connected again ({reason}). {REACH_LINES[exchange.reach]}")
 
 
 def _warm_up(manifest: Manifest) -> threading.Thread:

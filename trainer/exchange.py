@@ -90,6 +90,11 @@ def work_of(view: PeerView) -> float:
     return float(work) if isinstance(work, (int, float)) else 0.0
 
 
+def can_give(view: PeerView) -> bool:
+    """Whether rounds and state can be had from a peer: it has them, and can be dialled."""
+    return view.status["state"] != "joining" and view.status.get("reach") != "client"
+
+
 class State(Protocol):
     """Everything a newcomer needs to stand where its donor stands."""
 

@@ -22,6 +22,7 @@ from dtrain.compression.kernels import cpu_dct
 from dtrain.compression.kernels.cpu_decode import build_check_and_add, build_decode
 from dtrain.compression.kernels.cpu_encode import build_write
 from dtrain.compression.kernels.cpu_read import REASONS
+from dtrain.compression.kernels.cpu_select import num_lanes
 from dtrain.compression.kernels.cpu_sources import addresses_of, source_addresses
 from dtrain.compression.kernels.cpu_write import PAD
 from dtrain.compression.layout import Layout
@@ -62,7 +63,8 @@ class Loops(NamedTuple):
 def loops(transform: str) -> Loops:
     """The loops for a transform. Each compiles when first called, or comes from numba's cache on disk."""
     folder = Path(__file__).parent
-    paths = sorted([*folder.glob("cpu*.py"), *folder.parent.glob("*.py")])
+    constants = [folder.parent / f"{name}.py" for name in ("bits", "dct", "layout", "levels")]
+    paths = sorted([*folder.glob("cpu_*.py"), *constants])
     sources = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
     check, add = _check_and_add(sources)
     use_dct = transform == "dct"
@@ -171,7 +173,7 @@ def _write(
 ) -> bytes:  # fmt: skip
     out = np.empty(int(fmt.group_bounds[first:end].sum()) + 2 * PAD, np.uint8)
     constants = cpu_dct.half_secants(), cpu_dct.norms()
-    target = values.numpy(), base, np.float32(decay), out, lengths
+    target = values.numpy(), base, np.float32(decay), num_lanes(fmt.k), out, lengths
     used = loops(transform).write(_plan(fmt), first, end, addresses, *constants, *target)
     return out[:used].tobytes()
 

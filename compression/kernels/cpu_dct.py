@@ -19,16 +19,16 @@ REVERSED = np.asarray([int(f"{f:06b}"[::-1], 2) for f in range(SIDE)], dtype=np.
 
 
 def half_secants() -> Any:
-    """Factors of all butterflies: those of length n at n // 2, [64] fp32."""
+    """Factors of all butterflies: those of length n from n // 2 on, [64] fp32."""
     table = np.zeros(SIDE, np.float32)
     for n in (2, 4, 8, 16, 32, 64):
-        table[n // 2 : n] = dct._half_secants(n).numpy()
+        table[n // 2 : n] = dct.half_secants(n)
     return table
 
 
 def norms() -> Any:
     """Scales of the 64 frequencies, fp32."""
-    return dct._norms().numpy()
+    return np.asarray(dct.norms(), dtype=np.float32)
 
 
 @jit

@@ -27,7 +27,7 @@ def _most_kept(plan: Any, first_group: int, end_group: int) -> int:
     most = np.int64(0)
     for g in range(first_group, end_group):
         most = max(most, plan.group_kept[g])
-    return most
+    return int(most)
 
 
 @jit

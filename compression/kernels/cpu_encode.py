@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.compression.kernels import cpu_dct
-from dtrain.compression.kernels.cpu_select import LANES, fold, scan, select
+from dtrain.compression.kernels.cpu_select import fold, scan, select
 from dtrain.compression.kernels.cpu_tools import carray, float_pointer, jit, jit_on_disk
 from dtrain.compression.kernels.cpu_write import (
     PAD,
@@ -85,7 +85,7 @@ def build_write(sources: str, use_dct: bool) -> Callable[..., int]:
     @jit_on_disk
     def write(
         plan: Any, first_group: int, end_group: int, addresses: Any, secants: Any, norm: Any, values: Any,
-        base: int, decay: Any, out: Any, lengths: Any,
+        base: int, decay: Any, num_lanes: int, out: Any, lengths: Any,
     ) -> int:  # fmt: skip
         """Fold (unless `addresses` is empty), select and write groups one after another into `out`.
 
@@ -100,7 +100,7 @@ def build_write(sources: str, use_dct: bool) -> Callable[..., int]:
             most = max(most, plan.group_edges[g + 1] - plan.group_edges[g])
         for c in range(source_chunk, plan.group_edges[end_group]):
             longest = max(longest, plan.size[c])
-        lane_max = np.empty(LANES, np.int32)
+        lane_max = np.empty(num_lanes, np.int32)
         keys, places = np.empty(longest + 2, np.int32), np.empty(longest + 2, np.int32)
         positions, picked = np.empty(largest + 1, np.int32), np.empty(largest, np.float32)
         gaps, codes = np.empty(largest + PAD, np.int32), np.empty(largest + PAD, np.int32)

@@ -92,11 +92,12 @@ def read_positions(
     total = np.int64(0)
     for c in range(num_chunks):
         total += kept[c]
+    if not _padding_is_zero(data, 2 + (1 if value_bits == 1 else 2) * num_chunks, total * value_bits):
+        return BAD_PADDING
     unary = fixed + ((total * r + 7) >> 3)
     if unary > end:
         return BAD_LENGTH
-    values = 2 + (1 if value_bits == 1 else 2) * num_chunks
-    if not (_padding_is_zero(data, values, total * value_bits) and _padding_is_zero(data, fixed, total * r)):
+    if not _padding_is_zero(data, fixed, total * r):
         return BAD_PADDING
     found = _read_ones(data, unary, end, total, positions)
     if found != GOOD:

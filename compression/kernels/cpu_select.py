@@ -1,10 +1,10 @@
 """Exact top-k of a chunk without sorting.
 
-512 lanes keep the largest magnitude of every 512th element, formed while the chunk is written. Magnitudes are
-compared as the integers of their bits. Bisection on the lanes alone finds a bound that at least k of them,
-and hardly more, reach; so at least k elements reach it, too. A pass of vector comparisons turns the elements
-that do into a bitmap, which yields a few more than k candidates in ascending order, and bisection among those
-the exact cut.
+Lanes, 512 for small k, keep the largest magnitude of every 512th element; that costs little while the chunk is
+written. Magnitudes are compared as the integers of their bits. Bisection on the lanes alone finds a bound that at
+least k of them, and hardly more, reach; so at least k elements reach it, too. A pass of vector comparisons turns
+the elements that do into a bitmap, which yields a few more than k candidates in ascending order, and bisection
+among those the exact cut.
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ from dtrain.compression.kernels.cpu_tools import count_trailing_zeros, float_bit
 from dtrain.compression.kernels.cpu_vector import LANES as STEP
 from dtrain.compression.kernels.cpu_vector import fold_step, mask_at_least, prefetch_row, scan_step
 
-LANES = 512
+MIN_LANES, MAX_LANES = 512, 4096
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _FIRST_STEP = 1 << 18  # in units of the last place: 3 %
+
+
+def num_lanes(k: int) -> int:
+    """A power of two: with 8 lanes to every kept coefficient, few more than k elements reach the lanes' bound."""
+    return max(MIN_LANES, min(MAX_LANES, 1 << (8 * k - 1).bit_length()))
 
 
 @jit
@@ -32,30 +37,32 @@ def fold(
     following, next_stride: address of what is folded next, its rows apart. Hardware doesn't foresee rows of a
     block that lie pages apart, so they are asked for here, one chunk ahead; 0 asks for nothing.
     """
-    for j in range(LANES):
+    last = len(lane_max) - 1
+    for j in range(len(lane_max)):
         lane_max[j] = np.int32(-1)
     whole = len(values) & -64
     for i in range(0, whole, 64):
-        row, lane = (i >> 6) * stride, i & (LANES - 1)
+        row, lane = (i >> 6) * stride, i & last
         if following != 0:
             prefetch_row(following + (i >> 6) * next_stride * 4)
         for j in range(0, 64, STEP):
             fold_step(values, i + j, source, row + j, lane_max, lane + j, decay)
     for i in range(whole, len(values)):  # only a short run can have a rest, and runs are contiguous
         values[i] = values[i] * decay + source[i]
-        lane_max[i & (LANES - 1)] = max(lane_max[i & (LANES - 1)], float_bits(values[i]) & _MAGNITUDE)
+        lane_max[i & last] = max(lane_max[i & last], float_bits(values[i]) & _MAGNITUDE)
 
 
 @jit
 def scan(values: Any, lane_max: Any) -> None:
-    """Fill lane_max [512] from values [n] as they are."""
-    for j in range(LANES):
+    """Fill lane_max [a power of two >= 512] from values [n] as they are."""
+    last = len(lane_max) - 1
+    for j in range(len(lane_max)):
         lane_max[j] = np.int32(-1)
     whole = len(values) & -64
     for i in range(0, whole, STEP):
-        scan_step(values, i, lane_max, i & (LANES - 1))
+        scan_step(values, i, lane_max, i & last)
     for i in range(whole, len(values)):
-        lane_max[i & (LANES - 1)] = max(lane_max[i & (LANES - 1)], float_bits(values[i]) & _MAGNITUDE)
+        lane_max[i & last] = max(lane_max[i & last], float_bits(values[i]) & _MAGNITUDE)
 
 
 @jit
@@ -71,13 +78,14 @@ def _lane_bound(lane_max: Any, k: int, top: Any, guess: Any) -> Any:
     """A magnitude that at least k lanes reach, if possible no more than k + k / 8; 0 when fewer than k are in
     use.
     """
-    if k > LANES or _count(lane_max, LANES, np.int32(0)) < k:
+    lanes = len(lane_max)
+    if k > lanes or _count(lane_max, lanes, np.int32(0)) < k:
         return np.int32(0)
     low, high, enough = np.int64(0), np.int64(top) + 1, k + (k >> 3)
     step = np.int64(_FIRST_STEP) if guess > 0 else high
     middle = min(np.int64(guess), high - 1) if guess > 0 else high >> 1
     while high - low > 1:
-        found = _count(lane_max, LANES, np.int32(middle))
+        found = _count(lane_max, lanes, np.int32(middle))
         if found < k:
             high = middle
             middle -= step
@@ -101,7 +109,7 @@ def select(values: Any, k: int, lane_max: Any, guess: Any, keys: Any, places: An
     else.
     """
     top = np.int32(0)
-    for j in range(LANES):
+    for j in range(len(lane_max)):
         top = max(top, lane_max[j])
     bound = _lane_bound(lane_max, k, top, guess)
     num = _candidates(values, bound, places)

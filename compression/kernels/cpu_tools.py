@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-carray: Callable[..., Any] = numba.carray  # type: ignore[attr-defined]  # numba has it, but not in its list of names
+carray: Callable[..., Any] = numba.carray
 
 
 def jit(function: Function) -> Function:
@@ -24,8 +24,11 @@ def jit(function: Function) -> Function:
 
 
 def jit_on_disk(function: Function) -> Function:
-    """The same, and keep the machine code on disk for the next process."""
-    compiled: Function = njit(nogil=True, error_model="numpy", cache=True)(function)
+    """The same, and keep the machine code on disk for the next process, if there is a folder to write to."""
+    try:
+        compiled: Function = njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # "no locator available": neither beside the source nor in the user's cache folder
+        return jit(function)
     return compiled
 
 

@@ -159,7 +159,7 @@ def rice_parameter(gaps: Any, n: int) -> int:
             break
         best = fewer
         r -= 1
-    return r
+    return int(r)
 
 
 @jit

@@ -1,4 +1,4 @@
-"""Which kernel this machine uses, and getting it ready."""
+"""Which kernel this machine uses."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def kernel() -> Kernel:
-    """The fastest kernel that runs here: numba, or plain torch with one warning where numba is missing."""
+def kernel(device: str = "cpu") -> Kernel:
+    """The fastest kernel that runs here for tensors on a device; plain torch, with one warning, if there is none."""
+    if device == "cuda" and (found := _cuda()):
+        return found
     try:
         from dtrain.compression.kernels.cpu import CpuKernel
     except ImportError as error:
@@ -22,3 +24,12 @@ def kernel() -> Kernel:
         )
         return ReferenceKernel()
     return CpuKernel()
+
+
+def _cuda() -> Kernel | None:
+    try:
+        from dtrain.compression.kernels.cuda import CudaKernel
+    except ImportError as error:
+        logger.warning("compressing on the CPU, not on the GPU: Triton can't be used (%s)", error)
+        return None
+    return CudaKernel(kernel("cpu"))

@@ -8,7 +8,7 @@ speed, yet works on tiles of whole groups, so that the extra memory is bounded.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from dtrain.compression.layout import Layout
 from dtrain.compression.section import Section, SectionFormat
 
 Ints = npt.NDArray[np.int64]
+Transform = Callable[[torch.Tensor], torch.Tensor]
 
 TILE_CHUNKS = 64  # at least; rounded up to whole groups
 
@@ -27,6 +28,10 @@ class ReferenceKernel:
     """Plain torch, on the CPU."""
 
     name = "reference"
+
+    def __init__(self, *, exact: bool = True) -> None:
+        """`exact`: transform by the butterflies that all kernels share, to the bit, not by faster matrix products."""
+        self._exact = exact
 
     def encode(
         self,
@@ -40,7 +45,9 @@ class ReferenceKernel:
         layout = fmt.layout
         for first, end in _tiles(layout, 0, layout.num_groups):
             kept = feedback[layout.elements(first, end - first)]
-            kept.mul_(decay).add_(_gather(layout, tensors, first, end, transform))
+            kept.mul_(decay).add_(
+                _gather(layout, tensors, first, end, self._transform(transform, dct.forward))
+            )
         return self.compress(fmt, feedback, 0, layout.num_groups)
 
     def compress(
@@ -101,7 +108,12 @@ class ReferenceKernel:
                     start = int(layout.offset[layout.group_chunks(number)[0]] - layout.offset[first])
                     positions, values = group.unpack(fmt, number, section.group(number), weight)
                     sums.numpy()[start + positions] += values
-            _scatter(layout, sums, outputs, first, end, transform)
+            _scatter(layout, sums, outputs, first, end, self._transform(transform, dct.inverse))
+
+    def _transform(self, name: str, exact: Transform) -> Transform | None:
+        if name == "none" or self._exact:
+            return None if name == "none" else exact
+        return dct.forward_by_product if exact is dct.forward else dct.inverse_by_product
 
 
 def _tiles(layout: Layout, first_group: int, end_group: int) -> Iterator[tuple[int, int]]:
@@ -120,21 +132,26 @@ def _pieces(layout: Layout, first: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def _gather(
-    layout: Layout, tensors: Sequence[torch.Tensor], first: int, end: int, transform: str
+    layout: Layout, tensors: Sequence[torch.Tensor], first: int, end: int, transform: Transform | None
 ) -> torch.Tensor:
     """Elements of sparse chunks first to end in chunk order, fp32 [n], transformed."""
     parts = []
     for a, b in _pieces(layout, first, end):
         views = [layout.view(tensors[int(layout.tensor[a])], chunk) for chunk in range(a, b)]
         piece = torch.stack([view.reshape(-1) for view in views]).to(device="cpu", dtype=torch.float32)
-        if transform == "dct" and int(layout.size[a]) == layout.chunk:
-            piece = dct.forward(piece.view(-1, dct.SIDE, dct.SIDE))
+        if transform and int(layout.size[a]) == layout.chunk:
+            piece = transform(piece.view(-1, dct.SIDE, dct.SIDE))
         parts.append(piece.reshape(-1))
     return torch.cat(parts)
 
 
 def _scatter(
-    layout: Layout, sums: torch.Tensor, outputs: Sequence[torch.Tensor], first: int, end: int, transform: str
+    layout: Layout,
+    sums: torch.Tensor,
+    outputs: Sequence[torch.Tensor],
+    first: int,
+    end: int,
+    transform: Transform | None,
 ) -> None:
     """Inverse of `_gather`: write the elements of sparse chunks first to end into the tensors."""
     done = 0
@@ -142,8 +159,8 @@ def _scatter(
         size = int(layout.size[a])
         piece = sums[done : done + (b - a) * size].view(b - a, size)
         done += piece.numel()
-        if transform == "dct" and size == layout.chunk:
-            piece = dct.inverse(piece.view(-1, dct.SIDE, dct.SIDE)).reshape(b - a, size)
+        if transform and size == layout.chunk:
+            piece = transform(piece.view(-1, dct.SIDE, dct.SIDE)).reshape(b - a, size)
         for chunk, row in zip(range(a, b), piece, strict=True):
             view = layout.view(outputs[int(layout.tensor[chunk])], chunk)
             view.copy_(row.view(view.shape))

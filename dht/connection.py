@@ -1,0 +1,155 @@
+"""How this machine comes to stand in the DHT: its daemon, its node, and whether others can dial it."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hivemind.dht.node import DHTNode
+from hivemind.p2p import P2P, PeerID
+
+from dtrain.dht.identity import Identity, load_or_create
+from dtrain.dht.reachability import (
+    CLIENT,
+    DIRECT,
+    Testimony,
+    ask_witnesses,
+    best_first,
+    by_peer,
+    connect,
+    ip_of,
+    is_loopback,
+    is_public,
+    judge,
+)
+from dtrain.dht.records import SignedRecords
+from dtrain.dht.transport import TransportError, nobody_answers, start_daemon
+
+KEEP_PERIOD_S = 2.0
+MAX_KNOWN_PEERS = 64
+
+
+@dataclass
+class Connection:
+    """Our place in the DHT. Peers are {peer id: its libp2p addresses, without the id}."""
+
+    p2p: P2P
+    node: DHTNode
+    reach: str  # "direct" or "client": whether others can dial us
+    addresses: list[str]  # where newcomers can join: here, or where we joined if nobody can dial us
+    known: dict[str, list[str]] = field(default_factory=dict)  # peers that could be dialled, newest last
+
+    async def keep(self, seen: Callable[[], Sequence[str]]) -> None:
+        """Find back into the DHT whenever we have lost all of it. Runs until cancelled.
+
+        hivemind's node forgets a peer that once was slow to answer, and who cannot be dialled is never found by it
+        again. `seen()` gives the addresses of the peers that are there now.
+        """
+        while True:
+            await asyncio.sleep(KEEP_PERIOD_S)
+            for peer, addresses in by_peer(seen()).items():
+                self.known.pop(peer, None)
+                self.known[peer] = addresses
+            for peer in list(self.known)[:-MAX_KNOWN_PEERS]:
+                del self.known[peer]
+            if not self.node.protocol.routing_table.uid_to_peer_id:
+                for peer in await connect_all(self.p2p, self.known):
+                    await self.node.protocol.call_ping(PeerID.from_base58(peer))
+
+
+async def attach(
+    identity: Identity, private_folder: Path, *, host: str, port: int, peers: Sequence[str], before: str = ""
+) -> Connection:
+    """Join the DHT through `peers`, or begin it when there are none.
+
+    `before` is our reach of last time when we come back to a run; then we stand alone if nobody answers, until somebody
+    does. Raises TransportError otherwise, with a line for the user.
+    """
+    known = by_peer(peers)
+    known.pop(identity.peer_id, None)
+    if peers and not known and not before:
+        raise TransportError(nobody_answers(peers))
+    p2p, reach = await _start(identity, private_folder, host, port, known, before)
+    try:
+        reached = await connect_all(p2p, known)
+        if known and not reached and not before:
+            raise TransportError(nobody_answers(peers))
+        through = {peer: known[peer] for peer in reached}
+        node = await _join(p2p, identity, _full(through), reach, strict=not before)
+        own = [str(address) for address in await p2p.get_visible_maddrs()] if reach == DIRECT else []
+    except BaseException:
+        p2p._terminate()
+        raise
+    return Connection(p2p, node, reach, best_first(own or _full(through)), known)
+
+
+async def _start(
+    identity: Identity,
+    private_folder: Path,
+    host: str,
+    port: int,
+    known: Mapping[str, Sequence[str]],
+    before: str,
+) -> tuple[P2P, str]:
+    """A daemon that suits our reach, connected with nobody yet."""
+    reach = ""
+    if ipaddress.IPv4Address(host).is_loopback:
+        places = [place for peer in known.values() for place in peer]
+        reach = CLIENT if places and not any(is_loopback(ip_of(place)) for place in places) else DIRECT
+    elif not known:
+        reach = before or DIRECT  # there is nobody to ask
+    if reach:
+        return await start_daemon(identity, host=host, port=port, dialable=reach == DIRECT), reach
+    p2p, scout = await asyncio.gather(
+        start_daemon(identity, host=host, port=port),
+        start_daemon(load_or_create(private_folder / "scout.key"), host=host, port=0, dialable=False),
+    )
+    own = [str(address) for address in await p2p.get_visible_maddrs()]
+    listening = int(own[0].split("/tcp/")[1].split("/")[0])
+    found = await ask_witnesses(scout, identity, listening, known)
+    reach = judge(found) if found or not before else before
+    forwarded = _forwarded(found, own)
+    await scout.shutdown()
+    if reach == DIRECT and not forwarded:
+        return p2p, reach
+    await p2p.shutdown()
+    announce = [f"/ip4/{ip}/tcp/{listening}" for ip in forwarded] + [a.split("/p2p/")[0] for a in own]
+    dialable = reach == DIRECT
+    return await start_daemon(identity, host=host, port=listening, announce=announce, dialable=dialable), reach
+
+
+def _forwarded(found: Sequence[Testimony], own: Sequence[str]) -> list[str]:
+    """Public IP addresses at which others reached us though they are not this machine's: its router forwards the port."""
+    seen = {testimony.seen for testimony in found if testimony.reached and is_public(testimony.seen)}
+    return sorted(seen - {ip_of(address) for address in own})
+
+
+async def connect_all(p2p: P2P, peers: Mapping[str, Sequence[str]]) -> list[str]:
+    """Ids of the peers with which there is a connection now."""
+    made = await asyncio.gather(*(connect(p2p, PeerID.from_base58(p), places) for p, places in peers.items()))
+    return [peer for peer, is_there in zip(peers, made) if is_there]
+
+
+async def _join(p2p: P2P, identity: Identity, peers: Sequence[str], reach: str, *, strict: bool) -> DHTNode:
+    try:
+        return await DHTNode.create(
+            p2p=p2p,
+            initial_peers=list(peers) or None,
+            record_validator=SignedRecords(identity),
+            cache_locally=False,
+            cache_on_store=False,
+            client_mode=reach == CLIENT,
+            ensure_bootstrap_success=strict,
+            strict=strict,
+        )
+    except Exception as error:  # hivemind raises several types when nobody answers
+        logging.info("joining the DHT failed", exc_info=True)
+        raise TransportError(f"the given peers do not answer: {str(error)[:300]}") from None
+
+
+def _full(peers: Mapping[str, Sequence[str]]) -> list[str]:
+    return [f"{place}/p2p/{peer}" for peer, places in peers.items() for place in places]

@@ -1,0 +1,242 @@
+"""Can others dial this machine? Found out by having other peers try.
+
+A peer that we have connected to cannot tell by answering us: it answers over our own connection, also through a router
+that lets nothing in. (So hivemind's own check, the ping with `validate`, says yes behind every NAT.) Therefore a scout,
+a second daemon with an identity of its own, asks on our behalf: the peers it asks, the witnesses, drop what connections
+they have with us and dial us anew. They dial only the IP address that the scout's own connection comes from, so nobody
+can have them dial a stranger, and only for who holds the key of the peer id that is to be dialled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import base58
+import msgpack
+from google.protobuf.wrappers_pb2 import BytesValue
+from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
+from hivemind.utils.multiaddr import Multiaddr
+
+from dtrain.dht.identity import Identity, verify
+
+DIRECT = "direct"  # others can dial this machine
+CLIENT = "client"  # nobody can: it calls others, and they never call it
+
+MAX_WITNESSES = 3
+DIAL_S = 4.0  # longest wait for a connection; a router that swallows our packets gives no answer at all
+ASK_S = 3 * DIAL_S  # the witness drops a connection, dials, and may have others to serve before
+MAX_DIALS_AT_ONCE = 16
+MAX_OTHERS = 4  # further witnesses that one may name
+_DOMAIN = b"dtrain-dial-back-1"
+
+
+@dataclass(frozen=True)
+class Testimony:
+    """What a witness found."""
+
+    reached: bool
+    seen: str  # the IP address it sees us at
+    others: tuple[str, ...]  # addresses of peers that it suggests to ask too
+
+
+class Witness(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
+    """Answers scouts. `suggest()` gives libp2p addresses of other peers that can be dialled."""
+
+    def __init__(self, p2p: P2P, suggest: Callable[[], Sequence[str]]):
+        self._p2p, self._suggest = p2p, suggest
+        self._dials = asyncio.Semaphore(MAX_DIALS_AT_ONCE)
+
+    async def open(self) -> None:
+        """Begin to answer."""
+        await self.add_p2p_handlers(self._p2p)
+
+    async def rpc_dial_back(self, request: BytesValue, context: P2PContext) -> BytesValue:
+        """A scout asks whether the peer that sent it can be dialled. What we cannot do is left unanswered."""
+        peer_id, port = _parse_request(request.value, self._p2p.peer_id.to_bytes(), context.remote_id.to_bytes())
+        async with self._dials:
+            seen = await seen_at(self._p2p, context.remote_id)
+            await self._drop(peer_id)
+            reached = await connect(self._p2p, PeerID(peer_id), [f"/ip4/{seen}/tcp/{port}"])
+        others = list(self._suggest())[:MAX_OTHERS]
+        return BytesValue(value=msgpack.packb({"reached": reached, "seen": seen, "others": others}))
+
+    async def _drop(self, peer_id: bytes) -> None:
+        """Connections that its daemon of before has left behind look alive for most of a minute, and lead nowhere."""
+        try:
+            await self._p2p._client.disconnect(PeerID(peer_id))
+        except Exception:  # there was none
+            pass
+
+
+async def seen_at(p2p: P2P, peer_id: PeerID) -> str:
+    """The IPv4 address that a peer's connection to us comes from. Raises LookupError without one."""
+    for info in await p2p.list_peers():
+        if info.peer_id == peer_id:
+            for address in info.addrs:
+                ip = ip_of(str(address))
+                if ip:
+                    return ip
+    raise LookupError(f"no connection with {peer_id}")
+
+
+async def connect(p2p: P2P, peer_id: PeerID, addresses: Sequence[str]) -> bool:
+    """Whether there is a connection with a peer, new or old."""
+    maddrs = [Multiaddr(address) for address in addresses]
+    try:
+        await asyncio.wait_for(p2p._client.connect(peer_id, maddrs), DIAL_S)
+    except Exception as error:  # hivemind raises several types when nobody answers
+        logging.info("%s cannot be dialled at %s: %r", peer_id, ", ".join(addresses), error)
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------- the scout's side
+
+
+async def ask_witnesses(
+    scout: P2P, identity: Identity, port: int, peers: Mapping[str, Sequence[str]]
+) -> list[Testimony]:
+    """Have peers ({peer id: its addresses}) dial `identity`'s daemon at TCP `port`.
+
+    Peers that see us from this machine or its own network know little of the rest of the world: whom they suggest is
+    asked too.
+    """
+    first = dict(list(_outside_first(peers).items())[:MAX_WITNESSES])
+    found = await _ask_all(scout, identity, port, first)
+    if not any(is_public(testimony.seen) for testimony in found):
+        suggested = by_peer([address for testimony in found for address in testimony.others])
+        more = {peer: suggested[peer] for peer in suggested if peer not in first and peer != identity.peer_id}
+        found += await _ask_all(scout, identity, port, dict(list(more.items())[:MAX_WITNESSES]))
+    return found
+
+
+async def _ask_all(
+    scout: P2P, identity: Identity, port: int, peers: Mapping[str, Sequence[str]]
+) -> list[Testimony]:
+    answers = await asyncio.gather(
+        *(_ask(scout, identity, port, peer, addresses) for peer, addresses in peers.items())
+    )
+    return [answer for answer in answers if answer is not None]
+
+
+async def _ask(
+    scout: P2P, identity: Identity, port: int, peer: str, addresses: Sequence[str]
+) -> Testimony | None:
+    witness = PeerID.from_base58(peer)
+    if not await connect(scout, witness, addresses):
+        return None
+    request = pack_request(identity, port, witness.to_bytes(), scout.peer_id.to_bytes())
+    try:
+        stub = Witness.get_stub(scout, witness)
+        reply = await stub.rpc_dial_back(BytesValue(value=request), timeout=ASK_S)
+        fields = msgpack.unpackb(reply.value)
+        others = tuple(str(address) for address in fields["others"][:MAX_OTHERS])
+        return Testimony(fields["reached"] is True, str(ipaddress.IPv4Address(fields["seen"])), others)
+    except Exception as error:  # it is gone, or answers nonsense: no witness
+        logging.info("%s did not say whether it can dial us: %r", peer, error)
+        return None
+
+
+def judge(found: Sequence[Testimony]) -> str:
+    """DIRECT or CLIENT. Who sees us from farther away knows better; with nobody's word, CLIENT is what always works."""
+    outside = [t for t in found if is_public(t.seen)]
+    near = [t for t in found if not is_loopback(t.seen)]
+    return DIRECT if any(t.reached for t in outside or near or found) else CLIENT
+
+
+# ---------------------------------------------------------------------- the request
+
+
+def pack_request(identity: Identity, port: int, witness: bytes, scout: bytes) -> bytes:
+    """Signed by the peer that is to be dialled; good for one witness and one scout only."""
+    signature = identity.key.sign(_message(port, witness, scout))
+    packed = msgpack.packb({"peer": identity.peer_id_bytes, "port": port, "signature": signature})
+    assert isinstance(packed, bytes)
+    return packed
+
+
+def _parse_request(raw: bytes, witness: bytes, scout: bytes) -> tuple[bytes, int]:
+    """The peer id and port to dial. Raises ValueError when the request is not that peer's."""
+    try:
+        fields: dict[str, Any] = msgpack.unpackb(raw)
+        peer_id, port, signature = fields["peer"], fields["port"], fields["signature"]
+        fits = (
+            isinstance(peer_id, bytes)
+            and isinstance(signature, bytes)
+            and isinstance(port, int)
+            and 0 < port < 2**16
+            and peer_id not in (witness, scout)
+            and verify(peer_id, _message(port, witness, scout), signature)
+        )
+    except Exception:  # msgpack raises half a dozen types on hostile bytes
+        fits = False
+    if not fits:
+        raise ValueError("not a request of that peer")
+    return peer_id, port
+
+
+def _message(port: int, witness: bytes, scout: bytes) -> bytes:
+    packed = msgpack.packb([_DOMAIN, port, witness, scout])
+    assert isinstance(packed, bytes)
+    return packed
+
+
+# ---------------------------------------------------------------------- addresses
+
+
+def by_peer(addresses: Sequence[str]) -> dict[str, list[str]]:
+    """{peer id: its addresses}. An address that is none, or names no peer, is left out."""
+    found: dict[str, list[str]] = {}
+    for address in addresses:
+        place, _, peer = address.rpartition("/p2p/")
+        try:
+            Multiaddr(address)
+            base58.b58decode(peer)
+        except Exception:  # the library raises many types
+            continue
+        if place:
+            found.setdefault(peer, []).append(place)
+    return found
+
+
+def ip_of(address: str) -> str:
+    """The IPv4 address in a libp2p address, or ""."""
+    parts = address.split("/")
+    try:
+        return str(ipaddress.IPv4Address(parts[2])) if parts[1] == "ip4" else ""
+    except (IndexError, ValueError):
+        return ""
+
+
+def is_public(ip: str) -> bool:
+    """Whether that address is one of the whole internet's."""
+    return ipaddress.IPv4Address(ip).is_global
+
+
+def is_loopback(ip: str) -> bool:
+    """Whether that is this very machine; "" is not."""
+    return bool(ip) and ipaddress.IPv4Address(ip).is_loopback
+
+
+def best_first(addresses: Sequence[str]) -> list[str]:
+    """libp2p addresses, public ones first, loopback last."""
+
+    def rank(address: str) -> int:
+        ip = ip_of(address)
+        return 2 if not ip else 0 if is_public(ip) else 3 if is_loopback(ip) else 1
+
+    return sorted(addresses, key=rank)
+
+
+def _outside_first(peers: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """The same peers, those with a public address first."""
+
+    def has_none(item: tuple[str, Sequence[str]]) -> bool:
+        return not any(is_public(ip_of(a) or "127.0.0.1") for a in item[1])
+
+    return dict(sorted(peers.items(), key=has_none))

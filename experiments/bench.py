@@ -1,0 +1,24 @@
+"""`dtrain bench`: speed and size, measured side by side."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+BENCHES = {
+    "codec": ("dtrain.experiments.bench_codec", "the codec against plain torch, the memory floor and the entropy"),
+    "exchange": ("dtrain.experiments.bench_exchange", "a round against stock hivemind and an all-gather"),
+    "pace": ("dtrain.experiments.bench_pace", "what unequal machines lose to one another"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the benches and their flags."""
+    parsers = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
+    for name, (module, text) in BENCHES.items():
+        importlib.import_module(module).add_arguments(parsers.add_parser(name, help=text, description=text))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one bench."""
+    return int(importlib.import_module(BENCHES[args.bench][0]).run(args))
