@@ -52,7 +52,7 @@ class CudaKernel:
             encode_chunks[(end - first,)](
                 source, feedback, *arrays, matrix, decay, positions, picked, codes, scale_bits[first:], ratios[first:],
                 SIZE=_power(layout.chunk), LANES=min(_lanes(fmt.k), _power(layout.chunk)), BITS=fmt.value_bits,
-                DCT=transform == "dct", MAX_SCALE=(levels.MAX_EXPONENT << 4) | 15,
+                DCT=transform == "dct", MAX_SCALE=(levels.MAX_EXPONENT << 4) | 15, enable_fp_fusion=False,
             )  # fmt: skip
         exponents, scale_codes = _group_scales(fmt, scale_bits.cpu().numpy().astype(np.int64))
         host = codes.cpu().numpy().astype(np.int64), ratios.cpu().numpy()
@@ -104,7 +104,7 @@ class CudaKernel:
                 outputs[index], starts, strides, sizes, kept, kept_before - base, matrix, positions, codes,
                 scales[:, first - begin :], ratios[:, first - begin :], weights, positions.shape[1], stop - begin,
                 len(sections), work, SIZE=side, KEPT=_power(int(fmt.kept[first:end].max())), BITS=fmt.value_bits,
-                DCT=use_dct,
+                DCT=use_dct, enable_fp_fusion=False,
             )  # fmt: skip
 
 

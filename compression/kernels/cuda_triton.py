@@ -1,7 +1,8 @@
 """Triton programs of the CUDA kernel, one program per chunk; `kernels/cuda.py` launches them.
 
 A chunk is a vector of SIZE elements (a power of two, the rest masked), element o at row o // 64, column o % 64 of rows
-that are `stride` apart. No result depends on how a program is spread over threads, nor on fused multiply-add: sums of
+that are `stride` apart. No result depends on how a program is spread over threads. Launch with
+`enable_fp_fusion=False`: a fused multiply-add rounds once where the reference rounds twice. Sums of
 magnitudes are exact in fp64 for any data worth sending, and products that are added are exact.
 """
 
@@ -166,11 +167,12 @@ def decode_chunks(  # type: ignore[no-untyped-def]
         place = base + (p // 64) * stride + p % 64
         before = tl.load(place, mask=mine, other=0.0)
         tl.store(place, before + tl.where((code & 1) == 1, -value, value), mask=mine)
-    if transformed:
-        tl.debug_barrier()
-        row, column = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
-        basis = tl.load(matrix + row * 64 + column)
-        coefficients = tl.load(base + row * 64 + column)
-        once = tl.trans(tl.dot(tl.trans(basis), coefficients, input_precision="ieee"))
-        block = tl.dot(tl.trans(basis), once, input_precision="ieee")
-        tl.store(output + tl.load(starts + c) + row * tl.load(strides + c) + column, block)
+    if DCT:  # noqa: SIM102  # known when compiling: without a transform none of this is in the program
+        if transformed:
+            tl.debug_barrier()
+            row, column = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+            basis = tl.load(matrix + row * 64 + column)
+            coefficients = tl.load(base + row * 64 + column)
+            once = tl.trans(tl.dot(tl.trans(basis), coefficients, input_precision="ieee"))
+            block = tl.dot(tl.trans(basis), once, input_precision="ieee")
+            tl.store(output + tl.load(starts + c) + row * tl.load(strides + c) + column, block)
