@@ -11,6 +11,8 @@ import torch
 from dtrain.compression.errors import CompressionError
 from dtrain.compression.layout import Layout
 
+LINE_BYTES = 64
+
 
 def check_shapes(layout: Layout, tensors: Sequence[torch.Tensor]) -> None:
     """Raises CompressionError that names the first tensor whose shape is not the layout's."""
@@ -49,7 +51,10 @@ def outputs(layout: Layout, given: Sequence[torch.Tensor] | None) -> list[torch.
                 raise CompressionError(f"output {name!r} must be contiguous fp32, not {tensor.dtype}")
         return list(given)
     # One array: numpy asks the system for huge pages then, which are quicker to come by than small ones.
-    flat, made, done = torch.from_numpy(np.empty(layout.num_params, np.float32)), [], 0
+    # It begins on a cache line, so that kernels may write past the caches.
+    memory = np.empty(layout.num_params + LINE_BYTES // 4, np.float32)
+    skipped = -memory.ctypes.data % LINE_BYTES // 4
+    flat, made, done = torch.from_numpy(memory[skipped : skipped + layout.num_params]), [], 0
     for (_, shape), numel in zip(layout.shapes, layout.numels, strict=True):
         made.append(flat[done : done + numel].view(shape))
         done += numel

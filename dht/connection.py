@@ -21,15 +21,17 @@ from dtrain.dht.reachability import (
     best_first,
     by_peer,
     connect,
+    disconnect,
     ip_of,
     is_loopback,
     is_public,
     judge,
+    seen_at,
 )
 from dtrain.dht.records import SignedRecords
 from dtrain.dht.transport import TransportError, nobody_answers, start_daemon
 
-KEEP_PERIOD_S = 2.0
+KEEP_PERIOD_S = 0.5
 MAX_KNOWN_PEERS = 64
 
 
@@ -41,24 +43,33 @@ class Connection:
     node: DHTNode
     reach: str  # "direct" or "client": whether others can dial us
     addresses: list[str]  # where newcomers can join: here, or where we joined if nobody can dial us
-    known: dict[str, list[str]] = field(default_factory=dict)  # peers that could be dialled, newest last
+    known: dict[str, list[str]] = field(default_factory=dict)  # peers that can be dialled, newest last
 
     async def keep(self, seen: Callable[[], Sequence[str]]) -> None:
-        """Find back into the DHT whenever we have lost all of it. Runs until cancelled.
-
-        hivemind's node forgets a peer that once was slow to answer, and who cannot be dialled is never found by it
-        again. `seen()` gives the addresses of the peers that are there now.
-        """
+        """Stay in touch with the peers whose addresses `seen()` gives. Runs until cancelled."""
+        said: dict[str, list[str]] = {}
         while True:
             await asyncio.sleep(KEEP_PERIOD_S)
-            for peer, addresses in by_peer(seen()).items():
-                self.known.pop(peer, None)
-                self.known[peer] = addresses
-            for peer in list(self.known)[:-MAX_KNOWN_PEERS]:
-                del self.known[peer]
+            now = by_peer(seen())
+            for peer in [peer for peer in now if said.get(peer, now[peer]) != now[peer]]:
+                await self._follow(peer, now[peer])
+            said.update(now)
+            self.known = dict([*(self.known | now).items()][-MAX_KNOWN_PEERS:])
             if not self.node.protocol.routing_table.uid_to_peer_id:
-                for peer in await connect_all(self.p2p, self.known):
-                    await self.node.protocol.call_ping(PeerID.from_base58(peer))
+                await self._find_back()
+
+    async def _follow(self, peer: str, addresses: Sequence[str]) -> None:
+        """A peer has moved: our connections to where it was look alive for most of a minute, and lead nowhere."""
+        new = {ip_of(address) for address in addresses}
+        if any(ip not in new for ip in await seen_at(self.p2p, PeerID.from_base58(peer))):
+            await disconnect(self.p2p, PeerID.from_base58(peer))
+            await connect(self.p2p, PeerID.from_base58(peer), addresses)
+
+    async def _find_back(self) -> None:
+        """We have lost all of the DHT: hivemind's node forgets a peer that once was slow to answer, and nobody finds
+        us who does not know us."""
+        for peer in await connect_all(self.p2p, self.known):
+            await self.node.protocol.call_ping(PeerID.from_base58(peer))
 
 
 async def attach(
@@ -119,11 +130,13 @@ async def _start(
     await p2p.shutdown()
     announce = [f"/ip4/{ip}/tcp/{listening}" for ip in forwarded] + [a.split("/p2p/")[0] for a in own]
     dialable = reach == DIRECT
-    return await start_daemon(identity, host=host, port=listening, announce=announce, dialable=dialable), reach
+    return await start_daemon(
+        identity, host=host, port=listening, announce=announce, dialable=dialable
+    ), reach
 
 
 def _forwarded(found: Sequence[Testimony], own: Sequence[str]) -> list[str]:
-    """Public IP addresses at which others reached us though they are not this machine's: its router forwards the port."""
+    """Public IP addresses at which others reached us though they are not this machine's: a router forwards the port."""
     seen = {testimony.seen for testimony in found if testimony.reached and is_public(testimony.seen)}
     return sorted(seen - {ip_of(address) for address in own})
 
@@ -141,6 +154,7 @@ async def _join(p2p: P2P, identity: Identity, peers: Sequence[str], reach: str, 
             initial_peers=list(peers) or None,
             record_validator=SignedRecords(identity),
             cache_locally=False,
+            cache_nearest=0,
             cache_on_store=False,
             client_mode=reach == CLIENT,
             ensure_bootstrap_success=strict,

@@ -15,6 +15,7 @@ from dtrain.dht.process import RESTART_PAUSE_S, ConnectionLost, ExchangeError, N
 
 CONNECT_TIMEOUT_S = 60.0
 OPEN_TIMEOUT_S = 600.0  # on a machine's first run the codec is compiled meanwhile
+RESTARTED_S = 5.0  # how long a round waits for a new network process before it says so again
 STATE_TIMEOUT_S = 24 * 3600.0
 
 
@@ -91,12 +92,13 @@ class DhtExchange:
         self._provider: Callable[[], StateSource] | None = None
         self._status: dict[str, Any] | None = None
         self._run: dict[str, Any] = {}
-        self._closing = threading.Event()
+        self._closing, self._open = threading.Event(), threading.Event()
         self._heartbeat_ttl_s = 0.0
         self.peer_id = ""
         self.reach = ""  # "direct", or "client" when nobody can dial this machine; known once connected
         self.addresses: list[str] = []  # where others can join: here, or where we did if nobody can dial us
-        self.on_change: Callable[[str], None] = lambda reason: None  # after the network process had to be renewed
+        # Called with ("lost" or "back", why) around a renewal of the network process.
+        self.on_change: Callable[[str, str], None] = lambda state, reason: None
         self._moved = ""
         self.process = NetworkProcess(self._hear, self._reply)
 
@@ -157,18 +159,21 @@ class DhtExchange:
         self._heartbeat_ttl_s = heartbeat_ttl_s
         self._round_limit_s = 2 * matchmaking_s + 2 * round_timeout_s + 2 * sender_timeout_s + 60.0
         self.process.command("open_run", timeout_s=OPEN_TIMEOUT_S, **self._run)
+        self._open.set()
         self.process.set_up = self._come_back
         threading.Thread(target=self._beat, args=(heartbeat_s,), daemon=True, name="heartbeat").start()
 
     def _come_back(self) -> None:
         """A new network process takes the place of one that died: same identity, same run."""
+        self._open.clear()
         self._past_traffic, self._traffic = self.traffic(), (0, 0)
+        reason, self._moved = self._moved or "the network process ended", ""
         self.connect()
         self.process.command("open_run", timeout_s=OPEN_TIMEOUT_S, **self._run)
         if self._status is not None:
             self.announce(self._status)  # reach and address may be others now
-        reason, self._moved = self._moved or "the network process ended unexpectedly", ""
-        self.on_change(reason)
+        self._open.set()
+        self.on_change("back", reason)
 
     def _known_addresses(self) -> list[str]:
         return [str(view.status["address"]) for view in self._swarm[1] if view.status.get("address")]
@@ -193,7 +198,8 @@ class DhtExchange:
             self._traffic = (up, down)
         elif message["event"] == "moved":
             self._moved = message["reason"]
-            self.process.announce_end(f"{self._moved}: connecting anew")
+            self.process.ends_on_purpose = True
+            self.on_change("lost", self._moved)
         elif message["event"] == "progress" and self._on_progress is not None:
             self._on_progress(message["have"], message["total"])
 
@@ -231,6 +237,7 @@ class DhtExchange:
             answer = self.process.command("run_round", timeout_s=self._round_limit_s, **contribution)
         except ExchangeError as error:
             self._closing.wait(RESTART_PAUSE_S)
+            self._open.wait(RESTARTED_S)
             return Outcome("no-group", round, problem=str(error))
         return _outcome(round, answer)
 
@@ -264,6 +271,7 @@ class DhtExchange:
 
     def close(self) -> None:
         self._closing.set()
+        self._open.set()
         self.process.close()
 
 

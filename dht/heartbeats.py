@@ -15,7 +15,7 @@ from hivemind.utils import get_dht_time
 from dtrain.dht.reachability import CLIENT
 from dtrain.dht.records import pack_status, unpack_status
 
-HURRY = 6  # how many times more often the swarm is looked at while a group is sought
+HURRY = 2  # how many times more often the swarm is looked at while a group is sought
 
 # States in which a worker takes part in no round; see `dtrain.trainer.exchange.ABSENT`.
 ABSENT = ("joining", "finished", "leaving", "stopped")
@@ -70,7 +70,7 @@ class Heartbeats:
     async def poll(self) -> None:
         """Read everybody's heartbeat, over and over. Runs until cancelled."""
         while True:
-            await self.refresh()
+            await self.refresh(latest=False)
             self._wake.clear()
             try:
                 await asyncio.wait_for(self._wake.wait(), self._poll_s / (HURRY if self._in_a_hurry else 1))
@@ -87,8 +87,10 @@ class Heartbeats:
         finally:
             self._in_a_hurry = False
 
-    async def refresh(self) -> None:
-        found = await self._node.get(self._key, latest=True)
+    async def refresh(self, *, latest: bool = True) -> None:
+        """Look once. With `latest` every near node is asked, and answers with everybody's heartbeat: N times the
+        bytes of taking the first answer, which is often our own copy."""
+        found = await self._node.get(self._key, latest=latest)
         records = found.value if found is not None and isinstance(found.value, dict) else {}
         for owner, record in records.items():
             status = unpack_status(getattr(record, "value", None))

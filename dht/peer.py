@@ -23,33 +23,25 @@ import torch
 from hivemind.utils import get_dht_time
 
 from dtrain.compression.codec import Codec
-from dtrain.compression.errors import PayloadError
 from dtrain.compression.spec import CodecSpec
 from dtrain.compression.warm_up import warm_up
-from dtrain.dht import ipc, rendezvous, streams
+from dtrain.dht import ipc, manifests, rendezvous, streams
 from dtrain.dht.averager import RunTerms, SwarmAverager
 from dtrain.dht.connection import attach
 from dtrain.dht.faults import PIECE_BYTES, FaultPlan
 from dtrain.dht.heartbeats import Heartbeats
-from dtrain.dht.history import RoundRecord
 from dtrain.dht.identity import IdentityError, load_or_create
 from dtrain.dht.matchmaking import LocalDht
+from dtrain.dht.meeting import Rounds
 from dtrain.dht.membership import Contribution
 from dtrain.dht.reachability import CLIENT, DIRECT, Witness, ip_of
-from dtrain.dht.records import MAX_RECORD_BYTES
 from dtrain.dht.roaming import LOOK_PERIOD_S, MachineWatch
 from dtrain.dht.state import StateDonor, fetch_state
 from dtrain.dht.streams import StreamError, in_background
 from dtrain.dht.transport import Traffic, TransportError, patch_hivemind
 
-MANIFEST_LIFETIME_S = 1800.0
-MANIFEST_PERIOD_S = 600.0
 SNAPSHOT_TIMEOUT_S = 60.0
 SHOW_PERIOD_S = 0.25
-NO_LEADER = (
-    "nobody can dial this machine, nor any other worker that is here now: "
-    "waiting for one that can be dialled; the round's work is kept"
-)
 LEAVE_S = 2.0  # longest wait for our last heartbeat on the way out
 
 Args = dict[str, Any]
@@ -67,6 +59,7 @@ class NetworkPeer:
         self._next_question = 0
         self._tasks: list[asyncio.Task[Any]] = []
         self._moved = ""
+        self._opened = asyncio.Event()  # the run is
 
     async def serve(self) -> None:
         """Serve the worker until it says "close" or is gone."""
@@ -95,7 +88,7 @@ class NetworkPeer:
         except Exception as error:
             logging.exception("command %s failed", message["do"])
             reply = {"id": message["id"], "error": f"internal error: {error!r:.300}"}
-        if hasattr(self, "_heartbeats"):
+        if self._opened.is_set():
             self._show_swarm()  # with the bytes that the command cost
         self._send(reply)
 
@@ -145,10 +138,7 @@ class NetworkPeer:
 
     async def find_manifests(self, args: Args) -> list[bytes]:
         """Every manifest that somebody has published under this run id, unchecked."""
-        found = await self._node.get(manifest_key(args["run_id"]), latest=True)
-        records = found.value.values() if found is not None and isinstance(found.value, dict) else []
-        values = {record.value for record in records if isinstance(record.value, bytes)}
-        return sorted(value for value in values if len(value) <= MAX_RECORD_BYTES)
+        return await manifests.find(self._node, args["run_id"])
 
     async def open_run(self, args: Args) -> None:
         """Begin to take part in a run."""
@@ -157,7 +147,6 @@ class NetworkPeer:
         spec = CodecSpec.from_dict(args["codec"])
         await asyncio.to_thread(warm_up, spec)
         self._codec = await asyncio.to_thread(Codec, spec, shapes)
-        self._terms = terms
         self._heartbeats = Heartbeats(
             self._node, terms.prefix, ttl_s=args["heartbeat_ttl_s"], poll_s=args["heartbeat_s"]
         )
@@ -166,11 +155,20 @@ class NetworkPeer:
             streams.PIECE_BYTES = PIECE_BYTES
         self._donor = StateDonor(self._make_snapshot)
         self._averager = SwarmAverager(
-            terms, self._codec, LocalDht(self._node), self._donor.offer, client_mode=self._is_client, faults=faults
+            terms,
+            self._codec,
+            LocalDht(self._node),
+            self._donor.offer,
+            client_mode=self._is_client,
+            faults=faults,
         )
         await self._averager.open(self._p2p)
-        self._tasks.append(asyncio.create_task(self._publish_manifest(args["run_id"], args["manifest"])))
+        self._rounds = Rounds(self._averager, self._heartbeats, is_client=self._is_client)
+        self._tasks.append(
+            asyncio.create_task(manifests.publish(self._node, args["run_id"], args["manifest"]))
+        )
         await self._heartbeats.refresh()
+        self._opened.set()
         self._show_swarm()  # the worker sees who is there before its next command
         self._tasks.append(asyncio.create_task(self._watch_swarm()))
         worker = rendezvous.LocalWorker(
@@ -183,75 +181,23 @@ class NetworkPeer:
         self._rendezvous_file = rendezvous.publish(worker)
 
     async def announce(self, args: Args) -> None:
-        await self._heartbeats.announce(args["status"])
+        if self._opened.is_set():
+            await self._heartbeats.announce(args["status"])
 
     async def run_round(self, args: Args) -> Args:
         """Take part in a round; the reply's "verdict" is one of trainer/exchange.py's."""
+        await self._opened.wait()  # after a restart the worker may ask before it has had us open the run
         contribution = Contribution(args["round"], args["base_digest"], args["payload"], args["weight"])
-        started = time.monotonic()
-        with self._heartbeats.hurrying():
-            await self._heartbeats.refresh()
-            return await self._meet(contribution, started)
-
-    async def _meet(self, contribution: Contribution, started: float) -> Args:
-        while True:
-            if self._heartbeats.ahead():
-                return {"verdict": "stale"}
-            if self._lacks_a_leader():
-                if time.monotonic() - started > self._terms.matchmaking_s:
-                    return {"verdict": "no-group", "problem": NO_LEADER}
-                await asyncio.sleep(SHOW_PERIOD_S)
-                continue
-            if not self._heartbeats.active():
-                return self._verdict("alone", await self._averager.run_alone(contribution))
-            record = await self._averager.run_round(contribution, self._expected)
-            if record is not None and not record.aggregates and not record.stale:
-                return {
-                    "verdict": "no-group",
-                    "problem": f"no span reached anybody: {'; '.join(record.problems)}",
-                }
-            if record is not None:
-                return self._verdict("stale" if record.stale else "done", record)
-            others = self._heartbeats.active()
-            if others and not self._heartbeats.ahead():
-                waited = time.monotonic() - started
-                problem = (
-                    f"no group within {waited:.0f} s: {len(others)} other workers are visible; trying again"
-                )
-                return {"verdict": "no-group", "problem": problem}
-
-    def _expected(self) -> int:
-        """How many peers may come to our round, ourselves included; 0 once there is nothing to meet for."""
-        if self._heartbeats.ahead() or self._lacks_a_leader():
-            return 0
-        return len(self._heartbeats.active()) + 1
-
-    def _lacks_a_leader(self) -> bool:
-        """Whether nobody here can be dialled, us included: such peers cannot meet. Alone we would leave the run."""
-        return self._is_client and not any(record.can_be_dialled for record in self._heartbeats.active())
-
-    @staticmethod
-    def _verdict(verdict: str, record: RoundRecord) -> Args:
-        fields = record.as_dict()
-        fields["problem"] = "; ".join(fields.pop("problems"))
-        del fields["stale"]
-        return {"verdict": verdict, **fields}
+        return await self._rounds.run(contribution)
 
     async def fetch_round(self, args: Args) -> Args | None:
         """A past round from any peer that has it; everything in it checked."""
-        for record in self._heartbeats.donors():
-            try:
-                past = await self._averager.fetch_round(record.peer_id, args["round"])
-            except PayloadError as error:
-                logging.warning("%s gave a bad past round: %s", record.peer_id, error)
-            except Exception as error:  # unreachable, or has it no more
-                logging.info("%s cannot give round %d: %r", record.peer_id, args["round"], error)
-            else:
-                return self._verdict("done", past)
-        return None
+        await self._opened.wait()
+        return await self._rounds.fetch(args["round"])
 
     async def fetch_state(self, args: Args) -> Args | None:
         """Download the swarm's state into a file, whose path is the reply; the worker unlinks it."""
+        await self._opened.wait()
         await self._heartbeats.refresh()
         path = self._private / "incoming.safetensors"
         last = [0.0]
@@ -273,7 +219,7 @@ class NetworkPeer:
 
     def _seen_addresses(self) -> list[str]:
         """Of the peers that are there and can be dialled."""
-        return self._heartbeats.addresses() if hasattr(self, "_heartbeats") else []
+        return self._heartbeats.addresses() if self._opened.is_set() else []
 
     # ------------------------------------------------------------------ background work
 
@@ -288,13 +234,6 @@ class NetworkPeer:
     async def _make_snapshot(self) -> tuple[int, float, bytes, Path] | None:
         made = await self._ask_worker("state")
         return None if made is None else (made["round"], made["work"], made["digest"], Path(made["path"]))
-
-    async def _publish_manifest(self, run_id: str, manifest: bytes) -> None:
-        while True:
-            expires = get_dht_time() + MANIFEST_LIFETIME_S
-            owner = self._node.peer_id.to_bytes()
-            await self._node.store(manifest_key(run_id), manifest, expiration_time=expires, subkey=owner)
-            await asyncio.sleep(MANIFEST_PERIOD_S)
 
     async def _watch_swarm(self) -> None:
         poll = asyncio.create_task(self._heartbeats.poll())
@@ -313,7 +252,7 @@ class NetworkPeer:
         for task in self._tasks:
             task.cancel()
         try:
-            if hasattr(self, "_heartbeats") and not self._moved:
+            if self._opened.is_set() and not self._moved:
                 goodbye = self._heartbeats.announce({**self._heartbeats.status, "state": "leaving"})
                 await asyncio.wait_for(goodbye, LEAVE_S)
         except Exception:  # leaving anyway
@@ -336,10 +275,6 @@ COMMANDS: dict[str, Callable[[NetworkPeer, Args], Awaitable[Any]]] = {
     "fetch_round": NetworkPeer.fetch_round,
     "fetch_state": NetworkPeer.fetch_state,
 }
-
-
-def manifest_key(run_id: str) -> str:
-    return f"dtrain-{run_id}.manifest"
 
 
 async def _serve(connection: socket.socket) -> None:

@@ -56,7 +56,7 @@ class NetworkProcess:
         self._pending: dict[int, _Pending] = {}
         self._next_id = 0
         self._closing = threading.Event()
-        self._last_words = ""
+        self.ends_on_purpose = False  # the child said so: no need to tell the user
         self._restart_lock, self._child_lock = threading.Lock(), threading.Lock()
         sweep_left_overs()
         self._start()
@@ -162,17 +162,14 @@ class NetworkProcess:
                     lost = self._connection
                     self._closing.wait(RESTART_PAUSE_S)
 
-    def announce_end(self, reason: str) -> None:
-        """The child ends on purpose, to be started again; `reason` is a line for the user."""
-        self._last_words = reason
-
     def _replace_child(self) -> bool:
         with self._child_lock:
             if self._closing.is_set():
                 return False
             self._bury()
-            logging.warning(self._last_words or "the network process ended unexpectedly; starting it again")
-            self._last_words = ""
+            if not self.ends_on_purpose:
+                logging.warning("the network process ended unexpectedly; starting it again")
+            self.ends_on_purpose = False
             self._start()
             return True
 

@@ -57,31 +57,30 @@ class Witness(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
 
     async def rpc_dial_back(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """A scout asks whether the peer that sent it can be dialled. What we cannot do is left unanswered."""
-        peer_id, port = _parse_request(request.value, self._p2p.peer_id.to_bytes(), context.remote_id.to_bytes())
+        peer_id, port = _parse_request(
+            request.value, self._p2p.peer_id.to_bytes(), context.remote_id.to_bytes()
+        )
         async with self._dials:
-            seen = await seen_at(self._p2p, context.remote_id)
-            await self._drop(peer_id)
+            seen = (await seen_at(self._p2p, context.remote_id))[0]
+            # What its daemon of before has left behind looks alive, and would be taken for a new connection.
+            await disconnect(self._p2p, PeerID(peer_id))
             reached = await connect(self._p2p, PeerID(peer_id), [f"/ip4/{seen}/tcp/{port}"])
         others = list(self._suggest())[:MAX_OTHERS]
         return BytesValue(value=msgpack.packb({"reached": reached, "seen": seen, "others": others}))
 
-    async def _drop(self, peer_id: bytes) -> None:
-        """Connections that its daemon of before has left behind look alive for most of a minute, and lead nowhere."""
-        try:
-            await self._p2p._client.disconnect(PeerID(peer_id))
-        except Exception:  # there was none
-            pass
+
+async def seen_at(p2p: P2P, peer_id: PeerID) -> list[str]:
+    """The IPv4 addresses at the other ends of our connections with a peer."""
+    found = [info.addrs for info in await p2p.list_peers() if info.peer_id == peer_id]
+    return [ip for addresses in found for ip in (ip_of(str(address)) for address in addresses) if ip]
 
 
-async def seen_at(p2p: P2P, peer_id: PeerID) -> str:
-    """The IPv4 address that a peer's connection to us comes from. Raises LookupError without one."""
-    for info in await p2p.list_peers():
-        if info.peer_id == peer_id:
-            for address in info.addrs:
-                ip = ip_of(str(address))
-                if ip:
-                    return ip
-    raise LookupError(f"no connection with {peer_id}")
+async def disconnect(p2p: P2P, peer_id: PeerID) -> None:
+    """Close all connections with a peer, if there are any."""
+    try:
+        await p2p._client.disconnect(peer_id)
+    except Exception as error:  # there was none
+        logging.debug("%s: %r", peer_id, error)
 
 
 async def connect(p2p: P2P, peer_id: PeerID, addresses: Sequence[str]) -> bool:

@@ -15,7 +15,9 @@ import psutil
 LOOK_PERIOD_S = 2.0
 PATIENCE = 3  # looks; longer than that without a way out, what is there must do
 JUMP_S = 5.0  # the clock on the wall may be slewed by less while we run
-SOMEWHERE = "198.51.100.1"  # an address of nobody (RFC 5737): what leaves for it takes the way to the internet
+SOMEWHERE = (
+    "198.51.100.1"  # an address of nobody (RFC 5737): what leaves for it takes the way to the internet
+)
 _PORT = 9  # any: nothing is sent
 
 

@@ -6,7 +6,10 @@ import argparse
 import importlib
 
 BENCHES = {
-    "codec": ("dtrain.experiments.bench_codec", "the codec against plain torch, the memory floor and the entropy"),
+    "codec": (
+        "dtrain.experiments.bench_codec",
+        "the codec against plain torch, the memory floor and the entropy",
+    ),
     "exchange": ("dtrain.experiments.bench_exchange", "a round against stock hivemind and an all-gather"),
     "pace": ("dtrain.experiments.bench_pace", "what unequal machines lose to one another"),
 }

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,13 +78,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=int, default=12, metavar="N", help="of the training (default 12; 0: none)"
     )
+    parser.add_argument(
+        "--clock", default="wall", choices=["wall", "cpu"], help="cpu: on a busy machine, one thread"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit code."""
     _check(args)
-    console, machine = Console(), _machine()
+    console, machine = Console(width=None if sys.stdout.isatty() else 130), _machine()
     console.print(machine, style="dim")
     rows: list[Row] = []
     data = {"uniform": _uniform(args)}
@@ -138,7 +142,8 @@ def _measure(
     kernels: list[Kernel] = [ReferenceKernel(exact=False)]
     if pick.kernel(args.device).name != "reference":
         kernels.insert(0, pick.kernel(args.device))
-    timings = bench_codec_measure.time_all(spec, shapes, deltas, kernels, args.repetitions)
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    timings = bench_codec_measure.time_all(spec, shapes, deltas, kernels, args.repetitions, clock)
     codec = Codec(spec, shapes, kernel=kernels[0])
     payload = bench_codec_measure.payloads_of(codec, deltas)[-1]
     bits = bench_codec_measure.bits_per_coefficient(codec, payload)
@@ -211,8 +216,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--device cuda needs a CUDA GPU that torch can use; leave it out to measure the CPU")
     if not 1 <= args.params <= 1e10:
         raise UsageError(f"--params must be 1 to 1e10, not {args.params:g}")
-    if args.repetitions < 1 or args.rounds < 0 or any(n < 1 for n in [*args.threads, *args.k]):
+    if args.repetitions < 1 or args.rounds < 0 or min([*args.threads, *args.k]) < 1:
         raise UsageError("--repetitions, --threads and --k must be at least 1, --rounds at least 0")
+    if args.clock == "cpu" and args.threads != [1]:
+        raise UsageError("--clock cpu adds up the time of all threads: it is for --threads 1")
     if any(k > 4096 for k in args.k):
         raise UsageError("--k counts kept coefficients of 4096, so it can't be more")
     for name in args.transform:

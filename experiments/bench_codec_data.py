@@ -42,7 +42,6 @@ def real(
     codec = Codec(codec_spec, shapes)
     theta, feedback = local.flat.clone(), codec.error_feedback()
     corpus, inner = open_corpus(manifest.data), InnerLoop(model, train)
-    place = {"first_chunk": 0, "num_chunks": codec.num_chunks}
     deltas: list[list[torch.Tensor]] = []
     losses = []
     for round in range(num_rounds):
@@ -60,8 +59,10 @@ def real(
         delta = local.views(theta - local.flat)
         deltas = [*deltas[-7:], [part.clone() for part in delta]]
         payload = codec.encode(delta, feedback, decay=0.95, run=RUN, round=round)
-        sent = codec.decode([codec.reduce([(0, 1.0, payload)], run=RUN, round=round, **place)])
-        for part, step_taken in zip(local.views(theta), sent, strict=True):
+        union = codec.reduce(
+            [(0, 1.0, payload)], run=RUN, round=round, first_chunk=0, num_chunks=codec.num_chunks
+        )
+        for part, step_taken in zip(local.views(theta), codec.decode([union]), strict=True):
             part -= step_taken
         local.flat.copy_(theta)
     return shapes, deltas, losses

@@ -44,6 +44,7 @@ def time_all(
     deltas: Sequence[Sequence[torch.Tensor]],
     kernels: Sequence[Kernel],
     repetitions: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time every kernel and the memory floor (m = d * m + g, one pass) side by side; keys: kernel names and "floor".
 
@@ -69,10 +70,10 @@ def time_all(
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for repetition in range(repetitions + 1):
         for name, work in contestants.items():
-            start = time.perf_counter()
+            start = clock()
             work()
             if repetition:  # the first round warms caches and compiles
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     ns = {name: statistics.median(values) * 1e9 / first.num_params for name, values in seconds.items()}
     found = {name: Timing(ns[f"encode {name}"], ns[f"decode {name}"]) for name in codecs}
     return {"floor": Timing(ns["floor"], ns["floor"]), **found}

@@ -24,7 +24,7 @@ from dtrain.compression.spec import CodecSpec
 from dtrain.compression.warm_up import warm_up
 from dtrain.experiments.bench_exchange_report import IMPLEMENTATIONS, PeerRound
 from dtrain.trainer.config import ExchangeConfig
-from dtrain.trainer.exchange import DONE
+from dtrain.trainer.exchange import DONE, Outcome
 from dtrain.trainer.outer import OuterState
 
 RUN_ID = "bench-exchange"
@@ -57,19 +57,12 @@ class _Sparse:
 
     def __init__(self, args: argparse.Namespace):
         self.spec = CodecSpec(k=args.k)
+        self.terms_hash = hashlib.sha256(json.dumps(self.spec.to_dict()).encode()).digest()
+        self.tag = self.terms_hash[:8]  # names the run in every payload
         warm_up(self.spec)
         self.codec = Codec(self.spec, [("delta", (args.params,))])
         self._feedback = self.codec.error_feedback()
         self._average = [torch.zeros(args.params)]
-
-    @property
-    def tag(self) -> bytes:
-        """Names the run in every payload."""
-        return self.terms_hash[:8]
-
-    @property
-    def terms_hash(self) -> bytes:
-        return hashlib.sha256(json.dumps(self.spec.to_dict()).encode()).digest()
 
     def encode(self, round: int, delta: Tensor) -> bytes:
         return self.codec.encode([delta], self._feedback, decay=DECAY, run=self.tag, round=round)
@@ -127,8 +120,19 @@ class DtrainPeer(_Sparse):
         self._announce(round + 1, "training")
         contributors = len(outcome.contributors) if outcome.verdict == DONE else 0
         problem = outcome.problem or ("" if outcome.verdict == DONE else outcome.verdict)
-        done = PeerRound(seconds, len(payload), contributors, outcome.wait_s, outcome.exchange_s, problem)
-        return done, average
+        sent = self._sent(payload, outcome) if outcome.verdict == DONE else None
+        times = outcome.wait_s, outcome.exchange_s
+        return PeerRound(seconds, len(payload), contributors, *times, problem, sent), average
+
+    def _sent(self, payload: bytes, outcome: Outcome) -> int | None:
+        """Bytes of our payload's sections and of our span's aggregate that went to others in a round."""
+        others = len(outcome.members) - 1
+        if len(outcome.aggregates) <= others:
+            return None  # a span got lost: which one is ours is not told
+        own = list(outcome.members).index(self.peer_id)
+        spans = self.codec.spans([1.0] * len(outcome.members))
+        sections = [self.codec.cut(payload, *span) for j, span in enumerate(spans) if j != own]
+        return sum(map(len, sections)) + others * len(outcome.aggregates[own])
 
     def _announce(self, round: int, state: str) -> None:
         self._exchange.announce(
@@ -188,7 +192,8 @@ class AllGatherPeer(_Sparse):
         union = self.codec.reduce([(i, TOKENS, p) for i, p in enumerate(payloads)], **place)  # type: ignore[arg-type]
         average = self.decode([union])
         seconds = time.monotonic() - began
-        return PeerRound(seconds, len(payload), len(payloads), None, exchange_s, ""), average
+        sent = (len(payloads) - 1) * len(payload)
+        return PeerRound(seconds, len(payload), len(payloads), None, exchange_s, "", sent), average
 
     def traffic(self) -> tuple[int, int]:
         return self._gather.traffic()

@@ -33,6 +33,10 @@ class PeerRound:
     exchange_s: float | None
     """Seconds from then until the last byte was here; null where that is not known."""
     problem: str
+    exchange_up_bytes: int | None = None
+    """Of the bytes sent, the parts of payloads and aggregates, without matchmaking, headers and heartbeats; null where
+    that is not known.
+    """
     up_bytes: int = 0
     down_bytes: int = 0
     digest: str = ""
@@ -62,6 +66,7 @@ def make_row(
         "digests_equal": all(len({peer.digest for peer in group}) == 1 for group in rounds),
         "wait_s_median": _slowest([[peer.wait_s for peer in group] for group in rounds]),
         "exchange_s_median": _slowest([[peer.exchange_s for peer in group] for group in rounds]),
+        "exchange_up_bytes_per_peer": _middle([peer.exchange_up_bytes for peer in everybody]),
         "round_s": [round(max(peer.seconds for peer in group), 3) for group in rounds],
         "complete_rounds": sum(all(peer.contributors == peers for peer in group) for group in rounds),
         "rounds": len(rounds),
@@ -73,6 +78,11 @@ def make_row(
 def _slowest(rounds: Sequence[Sequence[float | None]]) -> float | None:
     slowest = [max(s for s in group if s is not None) for group in rounds if set(group) != {None}]
     return _median(slowest) if slowest else None
+
+
+def _middle(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return int(median(known)) if known else None
 
 
 def _median(values: Sequence[float]) -> float:
@@ -126,11 +136,11 @@ def comparison(rows: Sequence[Row]) -> list[str]:
     ours = max((row for row in rows if row["implementation"] == OURS), key=_peers, default=None)
     if ours is None:
         return []
-    up = _number(ours, "up_bytes_per_peer")
-    lines = [
-        f"{ours['peers']} peers: {up / _number(ours, 'payload_bytes'):.2f} payloads up per peer and round, "
-        "everything counted"
-    ]
+    up, payload = _number(ours, "up_bytes_per_peer"), _number(ours, "payload_bytes")
+    lines = [f"{ours['peers']} peers: {up / payload:.2f} payloads up per peer and round, everything counted"]
+    if ours["exchange_up_bytes_per_peer"] is not None:
+        own = _number(ours, "exchange_up_bytes_per_peer")
+        lines.append(f"{own / payload:.2f} of them are the exchange itself; the rest is DHT and matchmaking")
     stock = next(
         (row for row in rows if row["implementation"] == STOCK and _peers(row) == _peers(ours)), None
     )

@@ -120,6 +120,7 @@ def test_the_real_thing(tmp_path: Path) -> None:
     ours, stock, gathered = rows.values()
     assert ours["digests_equal"] and gathered["digests_equal"]
     assert ours["complete_rounds"] == gathered["complete_rounds"] == 2
+    assert 0 < ours["exchange_up_bytes_per_peer"] < ours["up_bytes_per_peer"]
     assert ours["payload_bytes"] == gathered["payload_bytes"] < stock["payload_bytes"] == 400_000
     # One payload to the one other peer, and a little for headers.
     assert gathered["payload_bytes"] < gathered["up_bytes_per_peer"] < 1.1 * gathered["payload_bytes"] + 500

@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -234,10 +235,17 @@ def test_garbage_is_no_status(blob: bytes) -> None:
 # ---------------------------------------------------------------------- on two real nodes
 
 
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """For keys and sockets; short, because the path of a socket must be."""
+    with tempfile.TemporaryDirectory() as path:
+        monkeypatch.setattr(P2P, "_UNIX_SOCKET_PREFIX", f"/unix{path}/")
+        yield Path(path)
+
+
 @asynccontextmanager
-async def two_nodes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[DHTNode]]:
+async def two_nodes(folder: Path) -> AsyncIterator[list[DHTNode]]:
     """Two DHT nodes with daemons of their own that know each other; each signs for itself."""
-    monkeypatch.setattr(P2P, "_UNIX_SOCKET_PREFIX", f"/unix{folder}/")
     nodes: list[DHTNode] = []
     daemons: list[P2P] = []
     try:
@@ -262,13 +270,11 @@ async def two_nodes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
             await daemon.shutdown()
 
 
-def test_a_forged_record_is_neither_stored_nor_returned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forged_record_is_neither_stored_nor_returned(folder: Path) -> None:
     """Of all that a hostile node sends to or keeps for the others, they see its own honest record only."""
 
     async def scenario() -> None:
-        async with two_nodes(tmp_path, monkeypatch) as (honest, hostile):
+        async with two_nodes(folder) as (honest, hostile):
             ours, theirs = honest.peer_id.to_bytes(), hostile.peer_id.to_bytes()
             expires = get_dht_time() + 60
             assert await honest.store("k", b"true", expires, subkey=ours)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,16 @@ NUM_CALLS = 2500
 CONCURRENCY = 32
 
 
-def test_no_reply_is_lost_between_real_daemons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """For keys and sockets; short, because the path of a socket must be."""
+    with tempfile.TemporaryDirectory() as path:
+        monkeypatch.setattr(P2P, "_UNIX_SOCKET_PREFIX", f"/unix{path}/")
+        yield Path(path)
+
+
+def test_no_reply_is_lost_between_real_daemons(folder: Path) -> None:
     """Thousands of calls at once over two libp2p daemons: every reply and every refusal arrives, and no fd is left."""
-    monkeypatch.setattr(P2P, "_UNIX_SOCKET_PREFIX", f"/unix{tmp_path}/")
 
     async def serve(requests: AsyncIterator[BytesValue], _: object) -> AsyncIterator[BytesValue]:
         async def handle() -> tuple[dict[str, Any], bytes]:
@@ -45,7 +53,7 @@ def test_no_reply_is_lost_between_real_daemons(tmp_path: Path, monkeypatch: pyte
         daemons: list[P2P] = []
         try:
             for name in ("a", "b"):
-                identity = load_or_create(tmp_path / f"{name}.key")
+                identity = load_or_create(folder / f"{name}.key")
                 peers = [str(address) for address in await daemons[0].get_visible_maddrs()] if daemons else []
                 daemons.append(await start_daemon(identity, host="127.0.0.1", port=0, initial_peers=peers))
             server, client = daemons

@@ -156,7 +156,7 @@ def _start(
         num_params=worker.codec.num_params,
         reach=exchange.reach,
     )
-    exchange.on_change = lambda reason: _changed(exchange, metrics, reason)
+    exchange.on_change = lambda state, reason: _changed(exchange, metrics, state, reason)
     _say(
         f"Run {run_id}: {worker.codec.num_params / 1e6:.1f}M parameters on {worker.report.device}; "
         f"you are {name} ({exchange.peer_id[-8:]}). Ctrl-C leaves cleanly."
@@ -185,10 +185,13 @@ def _connect(args: argparse.Namespace, folder: Path, peers: list[str], stack: Ex
     return exchange
 
 
-def _changed(exchange: DhtExchange, metrics: MetricsLog, reason: str) -> None:
-    """The network process was renewed."""
-    metrics.write("network", reason=reason, reach=exchange.reach, addresses=exchange.addresses)
-    _say(f"Connected again ({reason}). {REACH_LINES[exchange.reach]}")
+def _changed(exchange: DhtExchange, metrics: MetricsLog, state: str, reason: str) -> None:
+    """The network process is being renewed ("lost"), or was ("back")."""
+    metrics.write("network", state=state, reason=reason, reach=exchange.reach, addresses=exchange.addresses)
+    if state == "lost":
+        _say(f"The network is lost: {reason}. Connecting anew.")
+    else:
+        _say(f"The network is back. {REACH_LINES[exchange.reach]}")
 
 
 def _warm_up(manifest: Manifest) -> threading.Thread:

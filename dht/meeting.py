@@ -1,0 +1,96 @@
+"""What a round means to this worker: whether there is anybody to meet, and how the meeting ended.
+
+The verdicts are those of `dtrain.trainer.exchange`: done, alone, no-group, stale.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from dtrain.compression.errors import PayloadError
+from dtrain.dht.averager import SwarmAverager
+from dtrain.dht.heartbeats import Heartbeats
+from dtrain.dht.history import RoundRecord
+from dtrain.dht.membership import Contribution
+
+LOOK_AGAIN_S = 0.25
+NO_LEADER = (
+    "nobody can dial this machine, nor any other worker that is here now: "
+    "waiting for one that can be dialled; the round's work is kept"
+)
+
+Reply = dict[str, Any]
+
+
+class Rounds:
+    """Takes a worker through rounds, with what the heartbeats say of the others."""
+
+    def __init__(self, averager: SwarmAverager, heartbeats: Heartbeats, *, is_client: bool):
+        self._averager, self._heartbeats, self._is_client = averager, heartbeats, is_client
+
+    async def run(self, contribution: Contribution) -> Reply:
+        """Take part in a round. Bounded by the manifest's times."""
+        started = time.monotonic()
+        with self._heartbeats.hurrying():
+            await self._heartbeats.refresh()
+            return await self._meet(contribution, started)
+
+    async def _meet(self, contribution: Contribution, started: float) -> Reply:
+        while True:
+            if self._heartbeats.ahead():
+                return {"verdict": "stale"}
+            if self._lacks_a_leader():
+                if time.monotonic() - started > self._averager.terms.matchmaking_s:
+                    return {"verdict": "no-group", "problem": NO_LEADER}
+                await asyncio.sleep(LOOK_AGAIN_S)
+                continue
+            if not self._heartbeats.active():
+                return _reply("alone", await self._averager.run_alone(contribution))
+            record = await self._averager.run_round(contribution, self._expected)
+            if record is not None and not record.aggregates and not record.stale:
+                return {
+                    "verdict": "no-group",
+                    "problem": f"no span reached anybody: {'; '.join(record.problems)}",
+                }
+            if record is not None:
+                return _reply("stale" if record.stale else "done", record)
+            others = self._heartbeats.active()
+            if others and not self._heartbeats.ahead():
+                waited = time.monotonic() - started
+                problem = (
+                    f"no group within {waited:.0f} s: {len(others)} other workers are visible; trying again"
+                )
+                return {"verdict": "no-group", "problem": problem}
+
+    def _expected(self) -> int:
+        """How many peers may come to our round, ourselves included; 0 once there is nothing to meet for."""
+        if self._heartbeats.ahead() or self._lacks_a_leader():
+            return 0
+        return len(self._heartbeats.active()) + 1
+
+    def _lacks_a_leader(self) -> bool:
+        """Whether nobody here can be dialled, us included: such peers cannot meet. Alone we would leave the run."""
+        return self._is_client and not any(record.can_be_dialled for record in self._heartbeats.active())
+
+    async def fetch(self, round: int) -> Reply | None:
+        """A past round from any peer that has it; everything in it checked."""
+        for record in self._heartbeats.donors():
+            try:
+                past = await self._averager.fetch_round(record.peer_id, round)
+            except PayloadError as error:
+                logging.warning("%s gave a bad past round: %s", record.peer_id, error)
+            except Exception as error:  # unreachable, or has it no more
+                logging.info("%s cannot give round %d: %r", record.peer_id, round, error)
+            else:
+                return _reply("done", past)
+        return None
+
+
+def _reply(verdict: str, record: RoundRecord) -> Reply:
+    fields = record.as_dict()
+    fields["problem"] = "; ".join(fields.pop("problems"))
+    del fields["stale"]
+    return {"verdict": verdict, **fields}
