@@ -90,11 +90,14 @@ def run(args: argparse.Namespace) -> int:
     console, machine = Console(width=None if sys.stdout.isatty() else 130), _machine()
     console.print(machine, style="dim")
     rows: list[Row] = []
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(
+        args.threads[0]
+    )  # for the training, too: on a busy machine many threads wait for one another
     data = {"uniform": _uniform(args)}
     if args.rounds:
         console.print(f"Training the tiny model for {args.rounds} rounds to have real deltas…", style="dim")
         data["real"] = _real(args, console)
-    threads_before = torch.get_num_threads()
     try:
         for name, (shapes, deltas) in data.items():
             for transform in args.transform:

@@ -11,6 +11,7 @@ from dtrain.compression.codec import Codec
 from dtrain.compression.spec import CodecSpec
 
 RUN = bytes(8)
+MIN_PARAMS = 8_000_000  # smaller tensors come from memory that the process holds already
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -20,9 +21,11 @@ def peak_ratio(
     """Peak growth of this process over a feedback's life, an encode and a decode, over the parameters' fp32 bytes.
 
     The tensors that are encoded and those that are decoded into are the caller's and not counted. None where the
-    system has no such count (only Linux has).
+    system has no such count (only Linux has) or the allocator would hide the growth of so few parameters.
     """
     codec = Codec(spec, shapes)
+    if codec.num_params < MIN_PARAMS:
+        return None
     place = {"run": RUN, "round": 0, "first_chunk": 0, "num_chunks": codec.num_chunks}
     payload = codec.encode(deltas[0], codec.error_feedback(), decay=0.95, run=RUN, round=0)
     union = codec.reduce([(0, 1.0, payload)], **place)  # type: ignore[arg-type]
