@@ -23,6 +23,7 @@ from hivemind.utils import get_dht_time
 from dtrain.dht.streams import ACKNOWLEDGE_S
 
 POLL_S = 0.1
+LOOK_PERIOD_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,16 @@ class LocalDht:
     def __init__(self, node: DHTNode):
         self._node = node
         self.peer_id = node.peer_id
+        self._next_look = 0.0
 
     def store(self, *args: Any, return_future: bool = False, **kwargs: Any) -> Awaitable[bool]:
         stored: Awaitable[bool] = self._node.store(*args, **kwargs)
         return stored
 
-    def get(self, *args: Any, return_future: bool = False, **kwargs: Any) -> Awaitable[Any]:
-        found: Awaitable[Any] = self._node.get(*args, **kwargs)
-        return found
+    async def get(self, *args: Any, return_future: bool = False, **kwargs: Any) -> Any:
+        """Looks at most every `LOOK_PERIOD_S`: while it waits hivemind looks for leaders without a pause, and every
+        look asks every near node."""
+        now = asyncio.get_running_loop().time()
+        self._next_look = max(now, self._next_look + LOOK_PERIOD_S)
+        await asyncio.sleep(self._next_look - now)
+        return await self._node.get(*args, **kwargs)

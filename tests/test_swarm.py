@@ -81,9 +81,9 @@ def in_memory_digests(
 def test_a_newcomer_gets_theta_from_its_peers_and_contributes(tmp_path: Path) -> None:
     """A worker that joins a run under way is in the first round that begins after it has theta."""
     with swarm("late", tmp_path) as run:
-        first = run.start("a", *SMALL, "--rounds", "60")
+        first = run.start("a", *SMALL, "--max-tokens-per-s", "200")  # a round a second
         first.wait_for_round(3)
-        late = run.start("b", "--rounds", "60", "--eval-every", "0")
+        late = run.start("b", "--eval-every", "0")
         joined = late.wait_for("joined")
         assert joined["source"] == "peers" and joined["round"] >= 3
         contributed = late.wait_for("first_contribution")
