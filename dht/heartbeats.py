@@ -65,6 +65,8 @@ class Heartbeats:
             pack_status(status),
             expiration_time=get_dht_time() + self.ttl_s,
             subkey=self._own_id,
+            # A copy here that nobody else writes to would be the nearest of all, and hide the others from us.
+            exclude_self=self._node.protocol.client_mode,
         )
 
     async def poll(self) -> None:
