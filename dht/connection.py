@@ -60,8 +60,9 @@ class Connection:
 
     async def _follow(self, peer: str, addresses: Sequence[str]) -> None:
         """A peer has moved: our connections to where it was look alive for most of a minute, and lead nowhere."""
-        new = {ip_of(address) for address in addresses}
-        if any(ip not in new for ip in await seen_at(self.p2p, PeerID.from_base58(peer))):
+        new, seen = {ip_of(address) for address in addresses}, await seen_at(self.p2p, PeerID.from_base58(peer))
+        logging.info("%s has moved to %s; connected at %s", peer, ", ".join(addresses), ", ".join(seen) or "none")
+        if not new.issuperset(seen):
             await disconnect(self.p2p, PeerID.from_base58(peer))
             await connect(self.p2p, PeerID.from_base58(peer), addresses)
 
