@@ -32,6 +32,7 @@ from dtrain.dht.records import SignedRecords
 from dtrain.dht.transport import TransportError, nobody_answers, start_daemon
 
 KEEP_PERIOD_S = 0.5
+TRY_AGAIN_S = 5.0
 MAX_KNOWN_PEERS = 64
 
 
@@ -43,6 +44,9 @@ class Connection:
     node: DHTNode
     reach: str  # "direct" or "client": whether others can dial us
     addresses: list[str]  # where newcomers can join: here, or where we joined if nobody can dial us
+    _try_again: dict[str, float] = field(
+        default_factory=dict
+    )  # loop time before which a peer is not dialled again
     known: dict[str, list[str]] = field(default_factory=dict)  # peers that can be dialled, newest last
 
     async def keep(self, seen: Callable[[], Sequence[str]]) -> None:
@@ -53,15 +57,31 @@ class Connection:
             now = by_peer(seen())
             for peer in [peer for peer in now if said.get(peer, now[peer]) != now[peer]]:
                 await self._follow(peer, now[peer])
+            await self._meet_all(now)
             said.update(now)
             self.known = dict([*(self.known | now).items()][-MAX_KNOWN_PEERS:])
             if not self.node.protocol.routing_table.uid_to_peer_id:
                 await self._find_back()
 
+    async def _meet_all(self, now: Mapping[str, Sequence[str]]) -> None:
+        """Connect to everybody who is there. Two newcomers that joined through the same peer know nothing of each
+        other's whereabouts but what their heartbeats say."""
+        connected = {str(info.peer_id) for info in await self.p2p.list_peers()}
+        own, clock = str(self.p2p.peer_id), asyncio.get_running_loop().time()
+        for peer, addresses in now.items():
+            if peer != own and peer not in connected and clock >= self._try_again.get(peer, 0.0):
+                self._try_again[peer] = clock + TRY_AGAIN_S
+                await connect(self.p2p, PeerID.from_base58(peer), addresses)
+
     async def _follow(self, peer: str, addresses: Sequence[str]) -> None:
         """A peer has moved: our connections to where it was look alive for most of a minute, and lead nowhere."""
-        new, seen = {ip_of(address) for address in addresses}, await seen_at(self.p2p, PeerID.from_base58(peer))
-        logging.info("%s has moved to %s; connected at %s", peer, ", ".join(addresses), ", ".join(seen) or "none")
+        new, seen = (
+            {ip_of(address) for address in addresses},
+            await seen_at(self.p2p, PeerID.from_base58(peer)),
+        )
+        logging.info(
+            "%s has moved to %s; connected at %s", peer, ", ".join(addresses), ", ".join(seen) or "none"
+        )
         if not new.issuperset(seen):
             await disconnect(self.p2p, PeerID.from_base58(peer))
             await connect(self.p2p, PeerID.from_base58(peer), addresses)

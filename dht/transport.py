@@ -1,18 +1,20 @@
 """The libp2p daemon under hivemind: how it is started, what it may receive, and what it has carried.
 
 The patches act on hivemind's classes, in the network process only: it hard-codes its socket folder, puts no limit on a
-streamed message's length, and counts no bytes.
+streamed message's length, counts no bytes, and does not notice the end of some connections.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from hivemind.p2p import P2P
+from google.protobuf.message import Message
+from hivemind.p2p import P2P, P2PHandlerError
 from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
 
 from dtrain.dht.identity import Identity
@@ -50,7 +52,40 @@ def patch_hivemind(private_folder: Path, traffic: Traffic) -> None:
 
     P2P.send_raw_data = staticmethod(counted_send)
     P2P.receive_raw_data = staticmethod(capped_receive)
+    P2P._iterate_protobuf_stream_handler = _call_stream
     _count_unary(traffic)
+
+
+async def _call_stream(
+    self: Any, peer_id: Any, name: str, requests: AsyncIterator[Message], reply_type: type[Message]
+) -> AsyncIterator[Message]:
+    """Call a streaming RPC. The replies end when the connection does.
+
+    hivemind's own waits then for the caller's requests to end, and so forever for those that end with the replies.
+    """
+    _, reader, writer = await self.call_binary_stream_handler(peer_id, name)
+
+    async def send() -> None:
+        async for request in requests:
+            await P2P.send_protobuf(request, writer)
+        await P2P.send_protobuf(P2P.END_OF_STREAM, writer)
+
+    async def replies() -> AsyncIterator[Message]:
+        with closing(writer):
+            try:
+                while True:
+                    try:
+                        reply, error = await P2P.receive_protobuf(reply_type, reader)
+                    except (asyncio.IncompleteReadError, ConnectionResetError):
+                        return
+                    if error is not None:
+                        raise P2PHandlerError(f"{name} at {peer_id} failed: {error.message}")
+                    yield reply
+            finally:
+                sending.cancel()
+
+    sending = asyncio.create_task(send())
+    return replies()
 
 
 def _count_unary(traffic: Traffic) -> None:
