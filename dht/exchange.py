@@ -15,7 +15,7 @@ from dtrain.dht.process import RESTART_PAUSE_S, ConnectionLost, ExchangeError, N
 
 CONNECT_TIMEOUT_S = 60.0
 OPEN_TIMEOUT_S = 600.0  # on a machine's first run the codec is compiled meanwhile
-RESTARTED_S = 5.0  # how long a round waits for a new network process before it says so again
+RESTARTED_S = 10.0  # how long a round waits for a new network process before it says so
 STATE_TIMEOUT_S = 24 * 3600.0
 
 
@@ -233,13 +233,17 @@ class DhtExchange:
             "payload": payload,
             "weight": float(weight),
         }
-        try:
-            answer = self.process.command("run_round", timeout_s=self._round_limit_s, **contribution)
-        except ExchangeError as error:
-            self._closing.wait(RESTART_PAUSE_S)
-            self._open.wait(RESTARTED_S)
-            return Outcome("no-group", round, problem=str(error))
-        return _outcome(round, answer)
+        while True:
+            try:
+                return _outcome(
+                    round, self.process.command("run_round", timeout_s=self._round_limit_s, **contribution)
+                )
+            except ConnectionLost as error:
+                self._closing.wait(RESTART_PAUSE_S)
+                if self._closing.is_set() or not self._open.wait(RESTARTED_S):
+                    return Outcome("no-group", round, problem=str(error))
+            except ExchangeError as error:
+                return Outcome("no-group", round, problem=str(error))
 
     def fetch_round(self, round: int) -> Outcome | None:
         try:

@@ -156,3 +156,15 @@ def test_a_run_resumes_after_everything_stopped(tmp_path: Path) -> None:
         assert joined["source"] == "checkpoint" and joined["round"] == stopped["round"] == 3
         assert again.events("round")[-1]["round"] == 5
         assert again.events("stop")[-1]["tokens"] > stopped["tokens"]
+
+
+def test_newcomers_find_each_other(tmp_path: Path) -> None:
+    """Two workers that joined through a third, on all interfaces, make whole rounds with each other."""
+    with swarm("trio", tmp_path) as run:
+        everywhere = ("--host", "0.0.0.0")
+        first = run.start("a", *SMALL, *everywhere, "--max-tokens-per-s", "200")
+        first.wait_for_round(1)
+        late = [run.start(name, *everywhere, "--eval-every", "0") for name in ("b", "c")]
+        for worker in (first, *late):
+            worker.wait_for("round", lambda event: len(event["contributors"]) == 3 and not event["problem"])
+        assert_one_theta([first, *late], 1)
