@@ -12,7 +12,7 @@ PYTHON ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: setup demo test check chaos soak clean
+.PHONY: setup demo test check chaos soak nat-test clean
 
 setup: $(STAMP)
 
@@ -51,6 +51,10 @@ chaos: setup
 # 300 fault-free rounds of four workers, about 10 minutes.
 soak: setup
 	$(BIN)/pytest tests/test_soak.py -m slow $(TEST_ARGS)
+
+# Workers behind routers that nobody can dial, and on machines that move, in network namespaces: Linux, as root.
+nat-test: setup
+	$(BIN)/pytest tests/test_nat.py -m netns $(TEST_ARGS)
 
 clean:
 	rm -rf $(VENV) .hypothesis .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -44,10 +44,9 @@ class Connection:
     node: DHTNode
     reach: str  # "direct" or "client": whether others can dial us
     addresses: list[str]  # where newcomers can join: here, or where we joined if nobody can dial us
-    _try_again: dict[str, float] = field(
-        default_factory=dict
-    )  # loop time before which a peer is not dialled again
     known: dict[str, list[str]] = field(default_factory=dict)  # peers that can be dialled, newest last
+    # Loop time before which a peer is not dialled again.
+    _try_again: dict[str, float] = field(default_factory=dict)
 
     async def keep(self, seen: Callable[[], Sequence[str]]) -> None:
         """Stay in touch with the peers whose addresses `seen()` gives. Runs until cancelled."""

@@ -67,8 +67,18 @@ class Internet:
         """Run a command inside a namespace."""
         return run("ip", "netns", "exec", namespace, *command, text=text)
 
+    def forward(self, home: str, port: int, network: str) -> None:
+        """The router of `home` (its namespace) passes a TCP port on to it, as its owner may have told it to."""
+        rules = f"""
+        table ip forwarded {{
+          chain in {{ type nat hook prerouting priority -100; iifname "wan" tcp dport {port} dnat to {network}.2; }}
+        }}
+        insert rule ip home through iifname "wan" tcp dport {port} accept
+        """
+        self.inside(f"{home}-router", "nft", "-f", "-", text=rules)
+
     def move(self, namespace: str, device: str, old: str, new: str) -> None:
-        """A host's address changes, as on another Wi-Fi. Both with their prefix length; routes stay."""
+        """A host's address changes, as on another Wi-Fi. Both with their prefix length; the default route stays."""
         routes = [line for line in self._in(namespace, "route").splitlines() if line.startswith("default")]
         self._in(namespace, "addr", "del", old, "dev", device)
         self._in(namespace, "addr", "add", new, "dev", device)

@@ -21,13 +21,23 @@ DEADLINE_S = 150.0  # generous: the test machine may be busy with other things
 
 
 class WorkerProcess:
-    """One `dtrain worker` and its folder."""
+    """One `dtrain worker` and its folder; with `namespace`, in that network namespace."""
 
-    def __init__(self, run_id: str, name: str, base: Path, *flags: str, env: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        run_id: str,
+        name: str,
+        base: Path,
+        *flags: str,
+        env: Mapping[str, str] | None = None,
+        namespace: str = "",
+    ):
         self.name, self.folder = name, base / name
         self.log = base / f"{name}.log"
         command = [sys.executable, "-m", "dtrain.trainer.cli", "worker", "--run-id", run_id, "--name", name]
         command += ["--folder", str(self.folder), "--host", "127.0.0.1", "--threads", "1", *flags]
+        if namespace:
+            command = ["ip", "netns", "exec", namespace, *command]  # which becomes the command: one process
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "DTRAIN_RUNTIME_DIR": str(base / "runtime")}
         variables.update(env or {})
         with self.log.open("ab") as log:
@@ -98,8 +108,10 @@ class Swarm:
         self.run_id, self.base = run_id, base
         self.workers: list[WorkerProcess] = []
 
-    def start(self, name: str, *flags: str, env: Mapping[str, str] | None = None) -> WorkerProcess:
-        worker = WorkerProcess(self.run_id, name, self.base, *flags, env=env)
+    def start(
+        self, name: str, *flags: str, env: Mapping[str, str] | None = None, namespace: str = ""
+    ) -> WorkerProcess:
+        worker = WorkerProcess(self.run_id, name, self.base, *flags, env=env, namespace=namespace)
         self.workers.append(worker)
         return worker
 
