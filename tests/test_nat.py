@@ -55,7 +55,9 @@ def wait_for_rounds(workers: list[WorkerProcess], number: int, since: float = 0.
         return sum(event["own_included"] and len(event["contributors"]) == len(workers) for event in rounds)
 
     for worker in workers:
-        eventually(lambda: together(worker) >= number, f"{worker.name} is not in the rounds:\n{worker.tail()}")
+        eventually(
+            lambda: together(worker) >= number, f"{worker.name} is not in the rounds:\n{worker.tail()}"
+        )
 
 
 def assert_one_theta(workers: list[WorkerProcess]) -> None:
