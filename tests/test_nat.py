@@ -56,7 +56,8 @@ def wait_for_rounds(workers: list[WorkerProcess], number: int, since: float = 0.
 
     for worker in workers:
         eventually(
-            lambda: together(worker) >= number, f"{worker.name} is not in the rounds:\n{worker.tail()}"
+            lambda worker=worker: together(worker) >= number,
+            f"{worker.name} is not in the rounds:\n{worker.tail()}",
         )
 
 
