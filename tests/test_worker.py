@@ -93,10 +93,15 @@ def assert_one_theta(threads: Threads, rounds: int) -> None:
         assert len({d[number] for d in digests.values()}) == 1, f"round {number}"
 
 
-@pytest.mark.parametrize("overlap", ["none", "eager"])
-def test_every_round_holds_one_theta_and_everybody(overlap: str, tmp_path: Path) -> None:
+DENSE = {"codec__kind": "dense", "codec__dense_bits": 8, "exchange__exact_up_to": 0}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"exchange__overlap": "eager"}, DENSE], ids=["topk", "eager", "dense"]
+)
+def test_every_round_holds_one_theta_and_everybody(changes: dict[str, Any], tmp_path: Path) -> None:
     """Without faults every worker's contribution is in every round, theta is one, and the loss falls."""
-    manifest = quick_manifest(exchange__overlap=overlap, exchange__start_workers=3)
+    manifest = quick_manifest(exchange__start_workers=3, **changes)
     with swarm_of(manifest, tmp_path) as threads:
         for name in ("a", "b", "c"):
             threads.start(name, max_rounds=12)
