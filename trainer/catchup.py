@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from dtrain.trainer.checkpoint import unpack
+from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
 from dtrain.trainer.errors import CheckpointError
 from dtrain.trainer.exchange import Exchange, PeerView, can_give, work_of
 from dtrain.trainer.outer_loop import OuterLoop
@@ -17,20 +17,18 @@ PATIENCE_S = 120.0  # after this long without any donor we go on with what we ha
 Say = Callable[[str], None]
 
 
-def catch_up(outer: OuterLoop, exchange: Exchange, say: Say) -> bool:
+def catch_up(outer: OuterLoop, exchange: Exchange, say: Say, clock: Clock = SYSTEM_CLOCK) -> bool:
     """Bring theta to where the others stand; True if anything had to be fetched.
 
     Of two histories the one with more work (tokens) in it is the run's. Missed rounds are fetched and replayed where
     they continue our own theta; otherwise theta is downloaded. Returns when nobody visible is ahead.
     """
-    fetched, until = False, time.monotonic() + PATIENCE_S
-    while (best := _ahead(outer, exchange)) and time.monotonic() < until:
-        if _replay(outer, exchange, best) or _download(outer, exchange, say):
+    fetched, until = False, clock.monotonic() + PATIENCE_S
+    while (best := _ahead(outer, exchange)) and clock.monotonic() < until:
+        if _replay(outer, exchange, best) or _download(outer, exchange, say, clock):
             fetched = True
         else:
-            time.sleep(
-                PAUSE_S
-            )  # whoever is ahead may be gone: its heartbeat runs out, or another donor appears
+            clock.sleep(PAUSE_S)  # who is ahead may be gone: its heartbeat runs out, or another donor appears
     return fetched
 
 
@@ -58,12 +56,12 @@ def _replay(outer: OuterLoop, exchange: Exchange, best: PeerView) -> bool:
     return True
 
 
-def _download(outer: OuterLoop, exchange: Exchange, say: Say) -> bool:
+def _download(outer: OuterLoop, exchange: Exchange, say: Say, clock: Clock) -> bool:
     shown = [-1.0]
 
     def progress(have: int, total: int) -> None:
-        if have == total or time.monotonic() - shown[0] > 2.0:
-            shown[0] = time.monotonic()
+        if have == total or clock.monotonic() - shown[0] > 2.0:
+            shown[0] = clock.monotonic()
             say(f"Downloading the run's weights: {have / 1e6:.1f} of {total / 1e6:.1f} MB.")
 
     state = exchange.fetch_state(progress)

@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument("--audit", action="store_true", help="check every round that no delta is lost")
     machine.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations; 0 = never")
-    machine.add_argument("--checkpoint-every", type=int, default=5, help="rounds between checkpoints")
+    machine.add_argument("--checkpoint-every", type=int, default=5, help="rounds a checkpoint; 0 = never")
     machine.add_argument("--keep-checkpoints", type=int, default=3, help="checkpoints that stay on disk")
     machine.add_argument("--host", default="0.0.0.0", help="IPv4 address to listen on")
     machine.add_argument("--port", type=int, default=0, help="TCP port to listen on; 0 = any free one")

@@ -8,9 +8,16 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from dtrain.trainer.errors import UsageError
+
+
+class Metrics(Protocol):
+    """Where a worker's events go."""
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Note an event at this moment."""
 
 
 class MetricsLog:

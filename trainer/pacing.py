@@ -6,9 +6,9 @@ ends for everybody when the sum of all workers' tokens reaches the target, or at
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
+from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
 from dtrain.trainer.exchange import ABSENT, Exchange, PeerView
 from dtrain.trainer.manifest import Manifest
 
@@ -18,24 +18,25 @@ class Pace:
     """One round's progress, own and the swarm's. Tokens are of this round only."""
 
     round: int
-    began: float  # time.monotonic()
+    began: float  # on the clock
     tokens: int = 0
     steps: int = 0
+    clock: Clock = SYSTEM_CLOCK
 
     @property
     def tokens_per_s(self) -> float:
-        passed = time.monotonic() - self.began
+        passed = self.clock.monotonic() - self.began
         return self.tokens / passed if passed > 0 else 0.0
 
 
 class Pacer:
     """Decides after each inner step whether the round is over for this worker."""
 
-    def __init__(self, manifest: Manifest, exchange: Exchange):
+    def __init__(self, manifest: Manifest, exchange: Exchange, clock: Clock = SYSTEM_CLOCK):
         self.inner_steps = manifest.train.inner_steps
         self._target_tokens = manifest.exchange.round_tokens
         self._deadline_s = manifest.exchange.round_deadline_s
-        self._exchange = exchange
+        self._exchange, self._clock = exchange, clock
         self.came_late = False  # set while this worker's first round after joining or resyncing is under way
 
     @property
@@ -54,9 +55,9 @@ class Pacer:
 
     def remaining_s(self, pace: Pace) -> float:
         """Predicted seconds until the round's end, as far as is known here; 0 when it is over."""
-        until_deadline = pace.began + self._deadline_s - time.monotonic()
+        until_deadline = pace.began + self._deadline_s - self._clock.monotonic()
         if self.is_fixed:
-            rate = pace.steps / max(1e-9, time.monotonic() - pace.began)
+            rate = pace.steps / max(1e-9, self._clock.monotonic() - pace.began)
             return (self.inner_steps - pace.steps) / rate if rate else until_deadline
         tokens, rate = float(pace.tokens), pace.tokens_per_s
         for view in self._exchange.swarm():

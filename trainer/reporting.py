@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
 from dtrain.trainer.exchange import Exchange, Outcome
-from dtrain.trainer.metrics import MetricsLog
+from dtrain.trainer.metrics import Metrics
 from dtrain.trainer.outer_loop import OuterLoop
 from dtrain.trainer.pacing import Pace, Pacer
 
@@ -31,18 +31,19 @@ class Trained(Protocol):
 
 @dataclass
 class Reporter:
-    """One worker's voice. Counts what it did; `started` is the moment its command was typed (time.time())."""
+    """One worker's voice. Counts what it did; `started` is the moment its command was typed (Unix time)."""
 
     name: str
     device: str
-    metrics: MetricsLog
+    metrics: Metrics
     exchange: Exchange
     outer: OuterLoop
     say: Say
-    started: float = field(default_factory=time.time)
+    clock: Clock = SYSTEM_CLOCK
+    started: float = field(init=False)
     tokens: int = 0  # trained by this worker, all its life
     _state: str = "starting"
-    _pace: Pace = field(default_factory=lambda: Pace(0, time.monotonic()))
+    _pace: Pace = field(init=False)
     _first_round_began: float = 0.0
     _compute_s: float = 0.0
     _remaining_s: float = 0.0
@@ -51,6 +52,10 @@ class Reporter:
     _last_announced: float = 0.0
     _first_step_done: bool = False
     _first_contribution_done: bool = False
+
+    def __post_init__(self) -> None:
+        self.started = self.clock.time()
+        self._pace = Pace(0, self.clock.monotonic(), clock=self.clock)
 
     def state(self, state: str) -> None:
         """Enter a state: starting, joining, waiting, training, exchanging, finished, leaving or stopped."""
@@ -80,7 +85,7 @@ class Reporter:
         )
 
     def joined(self, source: str, began: float) -> None:
-        seconds = time.monotonic() - began
+        seconds = self.clock.monotonic() - began
         self.metrics.write("joined", round=self.outer.round, source=source, seconds=round(seconds, 3))
         origin = {
             "fresh": "from the run's first weights",
@@ -95,7 +100,7 @@ class Reporter:
 
     def begin_round(self, number: int) -> Pace:
         """A round's inner steps begin."""
-        self._pace = Pace(number, time.monotonic())
+        self._pace = Pace(number, self.clock.monotonic(), clock=self.clock)
         self._first_round_began = self._first_round_began or self._pace.began
         self.state("training")
         return self._pace
@@ -107,10 +112,10 @@ class Reporter:
         self.tokens += new_tokens
         if not self._first_step_done:
             self._first_step_done = True
-            seconds = time.time() - self.started
+            seconds = self.clock.time() - self.started
             self.metrics.write("first_step", seconds=round(seconds, 3))
             self.say(f"Training: first step {seconds:.1f} s after the command.")
-        now = time.monotonic()
+        now = self.clock.monotonic()
         if now - self._last_step < STEP_PERIOD_S and pace.steps > 1:
             return
         self._last_step = now
@@ -136,14 +141,14 @@ class Reporter:
 
     def end_training(self, pace: Pace) -> None:
         """A round's inner steps are done."""
-        self._compute_s += time.monotonic() - pace.began
+        self._compute_s += self.clock.monotonic() - pace.began
 
     @property
     def compute_share(self) -> float:
         """Share of the time since the first round's beginning that went into inner steps."""
         if not self._first_round_began:
             return 0.0
-        return min(1.0, self._compute_s / max(1e-9, time.monotonic() - self._first_round_began))
+        return min(1.0, self._compute_s / max(1e-9, self.clock.monotonic() - self._first_round_began))
 
     def waiting_for(self, outcome: Future[Outcome]) -> Outcome:
         """Wait for the exchange; if it makes us wait, that is a state of its own."""
@@ -182,7 +187,7 @@ class Reporter:
         )
         if included and not self._first_contribution_done:
             self._first_contribution_done = True
-            seconds = time.time() - self.started
+            seconds = self.clock.time() - self.started
             self.metrics.write("first_contribution", round=self.outer.round, seconds=round(seconds, 3))
             self.say(f"Your machine has contributed, {seconds:.1f} s after the command. Thank you!")
 

@@ -36,11 +36,11 @@ class MachineSettings:
     max_rounds: int = 0
     """Leave after the swarm has completed this many rounds in all; 0 = go on until stopped."""
     eval_every: int = 5
-    """Rounds between two evaluations; 0 = none."""
+    """Rounds between two evaluations, and one after the last; 0 = none."""
     keep_checkpoints: int = 3
     """Newest checkpoints that stay on disk."""
     checkpoint_every: int = 5
-    """Rounds between two checkpoints."""
+    """Rounds between two checkpoints; 0 = none, not even at the end."""
 
     def __post_init__(self) -> None:
         if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name) is None:
@@ -58,7 +58,7 @@ class MachineSettings:
             ("max_rounds", "--rounds", 0),
             ("eval_every", "--eval-every", 0),
             ("keep_checkpoints", "--keep-checkpoints", 1),
-            ("checkpoint_every", "--checkpoint-every", 1),
+            ("checkpoint_every", "--checkpoint-every", 0),
         ):
             value = getattr(self, field)
             if value < least:

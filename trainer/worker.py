@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +18,14 @@ from dtrain.compression.codec import Codec
 from dtrain.trainer.audit import AuditedStrategy
 from dtrain.trainer.catchup import catch_up
 from dtrain.trainer.checkpoint import CheckpointStore
-from dtrain.trainer.data import open_corpus
+from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
+from dtrain.trainer.data import Corpus, open_corpus
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.exchange import ABSENT, ALONE, DONE, NO_GROUP, Exchange, Outcome, work_of
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.inner import InnerLoop, evaluate
 from dtrain.trainer.manifest import Manifest
-from dtrain.trainer.metrics import MetricsLog
+from dtrain.trainer.metrics import Metrics
 from dtrain.trainer.model import GPT
 from dtrain.trainer.outer_loop import OuterLoop, named, part
 from dtrain.trainer.pacing import Pace, Pacer
@@ -60,9 +60,18 @@ class Worker:
     """Trains one run on one machine."""
 
     def __init__(
-        self, manifest: Manifest, settings: MachineSettings, exchange: Exchange, metrics: MetricsLog, say: Say
+        self,
+        manifest: Manifest,
+        settings: MachineSettings,
+        exchange: Exchange,
+        metrics: Metrics,
+        say: Say,
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        corpus: Corpus | None = None,
     ):
-        self.manifest, self.settings, self.exchange = manifest, settings, exchange
+        """`corpus` stands in for the manifest's data, which is otherwise read from this machine's disk."""
+        self.manifest, self.settings, self.exchange, self.clock = manifest, settings, exchange, clock
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
         device = resolve_device(settings.device)
         torch.manual_seed(manifest.train.seed)
@@ -79,12 +88,12 @@ class Worker:
             )
         self.outer = OuterLoop(manifest, self.local, self.codec, self.strategy)
         self.inner = InnerLoop(self.model, manifest.train)
-        self.corpus = open_corpus(manifest.data, settings.data)
+        self.corpus = corpus or open_corpus(manifest.data, settings.data)
         self.store = CheckpointStore(settings.folder / "checkpoints", settings.keep_checkpoints)
-        self.pacer = Pacer(manifest, exchange)
-        self.report = Reporter(settings.name, str(device), metrics, exchange, self.outer, say)
+        self.pacer = Pacer(manifest, exchange, clock)
+        self.report = Reporter(settings.name, str(device), metrics, exchange, self.outer, say, clock)
         self._overlaps = manifest.exchange.overlap == "eager"
-        self._courier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="courier")
+        self._courier = clock.courier()
         self._delivery: Delivery | None = None
         self._stop = threading.Event()
         self._stop_reason = "all rounds done"
@@ -116,7 +125,7 @@ class Worker:
     # ------------------------------------------------------------------ joining
 
     def _join(self) -> None:
-        began, source = time.monotonic(), "fresh"
+        began, source = self.clock.monotonic(), "fresh"
         self.report.state("joining")
         checkpoint = self.store.newest(self.manifest.hash)
         if checkpoint is not None:
@@ -127,7 +136,7 @@ class Worker:
             source = "checkpoint"
         self.report.announce()
         self.exchange.serve_state(self.outer.shared_state)
-        if catch_up(self.outer, self.exchange, self.report.say):
+        if catch_up(self.outer, self.exchange, self.report.say, self.clock):
             source = "peers"
             self.pacer.came_late = True
         self.local.flat.copy_(self.outer.state.theta_flat)
@@ -148,7 +157,7 @@ class Worker:
             if here != said:
                 self.report.say(f"Waiting for workers: {here} of {wanted} are here.")
                 said = here
-            time.sleep(POLL_S)
+            self.clock.sleep(POLL_S)
 
     # ------------------------------------------------------------------ one round, stage by stage
 
@@ -183,7 +192,7 @@ class Worker:
         limit = self.settings.max_tokens_per_s
         if limit:
             ready = pace.began + (pace.tokens + new_tokens) / limit
-            self._stop.wait(max(0.0, ready - time.monotonic()))
+            self.clock.wait(self._stop, max(0.0, ready - self.clock.monotonic()))
 
     def _encode(self, training: Training) -> bytes:
         """The delta and the error feedback become a payload; what it leaves out stays in the feedback."""
@@ -228,7 +237,7 @@ class Worker:
         self.strategy.give_back(delivery.payload, [(0, self.codec.num_chunks)])
         self._set_aside(delivery.base)
         if outcome.verdict != NO_GROUP:
-            catch_up(self.outer, self.exchange, self.report.say)
+            catch_up(self.outer, self.exchange, self.report.say, self.clock)
             self.pacer.came_late = True
             self.report.resync("missed a round; its work is kept for the next")
         self.local.flat.copy_(self.outer.state.theta_flat)
@@ -243,9 +252,10 @@ class Worker:
 
     def _keep(self) -> None:
         """Evaluate and checkpoint when it is time."""
-        if self.settings.eval_every and self.outer.round % self.settings.eval_every == 0:
+        every, round = self.settings.eval_every, self.outer.round
+        if every and (round % every == 0 or round == self.settings.max_rounds):
             self._evaluate()
-        if self.outer.round % self.settings.checkpoint_every == 0:
+        if self.settings.checkpoint_every and round % self.settings.checkpoint_every == 0:
             self._checkpoint()
 
     # ------------------------------------------------------------------ helpers of the stages
@@ -269,6 +279,8 @@ class Worker:
         self.local.flat.copy_(kept)
 
     def _checkpoint(self) -> None:
+        if not self.settings.checkpoint_every:
+            return
         tensors = {**self.outer.own_tensors(), **named("inner", self.inner.state_dict())}
         try:
             self.store.save(self.outer.checkpoint(tensors, self.report.tokens))
@@ -292,9 +304,9 @@ class Worker:
     def _finish(self) -> None:
         """Stay a moment for those that missed our last round and need it, or our state, to catch up."""
         self.report.state("finished")
-        until = time.monotonic() + FINISH_S
-        while time.monotonic() < until and not self._stop.is_set():
+        until = self.clock.monotonic() + FINISH_S
+        while self.clock.monotonic() < until and not self._stop.is_set():
             active = [view for view in self.exchange.swarm() if view.status["state"] not in ABSENT]
             if all(work_of(view) >= self.outer.tokens for view in active):
                 return
-            time.sleep(POLL_S)
+            self.clock.sleep(POLL_S)
