@@ -16,7 +16,7 @@ from dtrain.dht.identity import Identity, load_or_create
 from dtrain.dht.reachability import (
     CLIENT,
     DIRECT,
-    Testimony,
+    Finding,
     ask_witnesses,
     best_first,
     by_peer,
@@ -29,6 +29,7 @@ from dtrain.dht.reachability import (
     seen_at,
 )
 from dtrain.dht.records import SignedRecords
+from dtrain.dht.streams import in_background
 from dtrain.dht.transport import TransportError, nobody_answers, start_daemon
 
 KEEP_PERIOD_S = 0.5
@@ -70,18 +71,13 @@ class Connection:
         for peer, addresses in now.items():
             if peer != own and peer not in connected and clock >= self._try_again.get(peer, 0.0):
                 self._try_again[peer] = clock + TRY_AGAIN_S
-                await connect(self.p2p, PeerID.from_base58(peer), addresses)
+                in_background(connect(self.p2p, PeerID.from_base58(peer), addresses))
 
     async def _follow(self, peer: str, addresses: Sequence[str]) -> None:
         """A peer has moved: our connections to where it was look alive for most of a minute, and lead nowhere."""
-        new, seen = (
-            {ip_of(address) for address in addresses},
-            await seen_at(self.p2p, PeerID.from_base58(peer)),
-        )
-        logging.info(
-            "%s has moved to %s; connected at %s", peer, ", ".join(addresses), ", ".join(seen) or "none"
-        )
-        if not new.issuperset(seen):
+        seen = await seen_at(self.p2p, PeerID.from_base58(peer))
+        logging.info("%s has moved from %s to %s", peer, ", ".join(seen) or "none", ", ".join(addresses))
+        if not {ip_of(address) for address in addresses}.issuperset(seen):
             await disconnect(self.p2p, PeerID.from_base58(peer))
             await connect(self.p2p, PeerID.from_base58(peer), addresses)
 
@@ -104,18 +100,17 @@ async def attach(
     known.pop(identity.peer_id, None)
     if peers and not known and not before:
         raise TransportError(nobody_answers(peers))
-    p2p, reach = await _start(identity, private_folder, host, port, known, before)
+    p2p, reach, own = await _start(identity, private_folder, host, port, known, before)
     try:
         reached = await connect_all(p2p, known)
         if known and not reached and not before:
             raise TransportError(nobody_answers(peers))
-        through = {peer: known[peer] for peer in reached}
-        node = await _join(p2p, identity, _full(through), reach, strict=not before)
-        own = [str(address) for address in await p2p.get_visible_maddrs()] if reach == DIRECT else []
+        through = _full({peer: known[peer] for peer in reached})
+        node = await _join(p2p, identity, through, reach, strict=not before)
     except BaseException:
         p2p._terminate()
         raise
-    return Connection(p2p, node, reach, best_first(own or _full(through)), known)
+    return Connection(p2p, node, reach, best_first(own or through), known)
 
 
 async def _start(
@@ -125,40 +120,41 @@ async def _start(
     port: int,
     known: Mapping[str, Sequence[str]],
     before: str,
-) -> tuple[P2P, str]:
-    """A daemon that suits our reach, connected with nobody yet."""
-    reach = ""
+) -> tuple[P2P, str, list[str]]:
+    """A daemon connected with nobody yet; our reach, which it suits; the addresses at which others can dial it."""
+    reach, forwarded = "", []
     if ipaddress.IPv4Address(host).is_loopback:
         places = [place for peer in known.values() for place in peer]
         reach = CLIENT if places and not any(is_loopback(ip_of(place)) for place in places) else DIRECT
     elif not known:
         reach = before or DIRECT  # there is nobody to ask
-    if reach:
-        return await start_daemon(identity, host=host, port=port, dialable=reach == DIRECT), reach
-    p2p, scout = await asyncio.gather(
-        start_daemon(identity, host=host, port=port),
-        start_daemon(load_or_create(private_folder / "scout.key"), host=host, port=0, dialable=False),
-    )
+    if reach == CLIENT:
+        return await start_daemon(identity, host=host, port=0, dialable=False), reach, []
+    p2p = await start_daemon(identity, host=host, port=port)
     own = [str(address) for address in await p2p.get_visible_maddrs()]
-    listening = int(own[0].split("/tcp/")[1].split("/")[0])
-    found = await ask_witnesses(scout, identity, listening, known)
-    reach = judge(found) if found or not before else before
-    forwarded = _forwarded(found, own)
-    await scout.shutdown()
-    if reach == DIRECT and not forwarded:
-        return p2p, reach
+    if not reach:
+        listening = own[0].split("/tcp/")[1].split("/")[0]
+        found = await _ask_around(identity, private_folder, int(listening), known)
+        reach = judge(found) if found or not before else before
+        # Public addresses at which others reach us though they are not this machine's: its router forwards the port.
+        seen = {finding.seen for finding in found if finding.reached and is_public(finding.seen)}
+        ips = sorted(seen - {ip_of(address) for address in own})
+        forwarded = [f"/ip4/{ip}/tcp/{listening}/p2p/{identity.peer_id}" for ip in ips]
+    if reach == DIRECT:
+        return p2p, reach, forwarded + own
     await p2p.shutdown()
-    announce = [f"/ip4/{ip}/tcp/{listening}" for ip in forwarded] + [a.split("/p2p/")[0] for a in own]
-    dialable = reach == DIRECT
-    return await start_daemon(
-        identity, host=host, port=listening, announce=announce, dialable=dialable
-    ), reach
+    return await start_daemon(identity, host=host, port=0, dialable=False), reach, []
 
 
-def _forwarded(found: Sequence[Testimony], own: Sequence[str]) -> list[str]:
-    """Public IP addresses at which others reached us though they are not this machine's: a router forwards the port."""
-    seen = {testimony.seen for testimony in found if testimony.reached and is_public(testimony.seen)}
-    return sorted(seen - {ip_of(address) for address in own})
+async def _ask_around(
+    identity: Identity, private_folder: Path, listening: int, known: Mapping[str, Sequence[str]]
+) -> list[Finding]:
+    """Whether `known` peers can dial us. The scout is a daemon of a moment's identity."""
+    scout = await start_daemon(load_or_create(private_folder / "scout.key"), host="", port=0, dialable=False)
+    try:
+        return await ask_witnesses(scout, identity, listening, known)
+    finally:
+        await scout.shutdown()
 
 
 async def connect_all(p2p: P2P, peers: Mapping[str, Sequence[str]]) -> list[str]:

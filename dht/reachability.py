@@ -36,7 +36,7 @@ _DOMAIN = b"dtrain-dial-back-1"
 
 
 @dataclass(frozen=True)
-class Testimony:
+class Finding:
     """What a witness found."""
 
     reached: bool
@@ -99,7 +99,7 @@ async def connect(p2p: P2P, peer_id: PeerID, addresses: Sequence[str]) -> bool:
 
 async def ask_witnesses(
     scout: P2P, identity: Identity, port: int, peers: Mapping[str, Sequence[str]]
-) -> list[Testimony]:
+) -> list[Finding]:
     """Have peers ({peer id: its addresses}) dial `identity`'s daemon at TCP `port`.
 
     Peers that see us from this machine or its own network know little of the rest of the world: whom they suggest is
@@ -107,8 +107,8 @@ async def ask_witnesses(
     """
     first = dict(list(_outside_first(peers).items())[:MAX_WITNESSES])
     found = await _ask_all(scout, identity, port, first)
-    if not any(is_public(testimony.seen) for testimony in found):
-        suggested = by_peer([address for testimony in found for address in testimony.others])
+    if not any(is_public(finding.seen) for finding in found):
+        suggested = by_peer([address for finding in found for address in finding.others])
         more = {peer: suggested[peer] for peer in suggested if peer not in first and peer != identity.peer_id}
         found += await _ask_all(scout, identity, port, dict(list(more.items())[:MAX_WITNESSES]))
     return found
@@ -116,7 +116,7 @@ async def ask_witnesses(
 
 async def _ask_all(
     scout: P2P, identity: Identity, port: int, peers: Mapping[str, Sequence[str]]
-) -> list[Testimony]:
+) -> list[Finding]:
     answers = await asyncio.gather(
         *(_ask(scout, identity, port, peer, addresses) for peer, addresses in peers.items())
     )
@@ -125,7 +125,7 @@ async def _ask_all(
 
 async def _ask(
     scout: P2P, identity: Identity, port: int, peer: str, addresses: Sequence[str]
-) -> Testimony | None:
+) -> Finding | None:
     witness = PeerID.from_base58(peer)
     if not await connect(scout, witness, addresses):
         return None
@@ -135,13 +135,13 @@ async def _ask(
         reply = await stub.rpc_dial_back(BytesValue(value=request), timeout=ASK_S)
         fields = msgpack.unpackb(reply.value)
         others = tuple(str(address) for address in fields["others"][:MAX_OTHERS])
-        return Testimony(fields["reached"] is True, str(ipaddress.IPv4Address(fields["seen"])), others)
+        return Finding(fields["reached"] is True, str(ipaddress.IPv4Address(fields["seen"])), others)
     except Exception as error:  # it is gone, or answers nonsense: no witness
         logging.info("%s did not say whether it can dial us: %r", peer, error)
         return None
 
 
-def judge(found: Sequence[Testimony]) -> str:
+def judge(found: Sequence[Finding]) -> str:
     """DIRECT or CLIENT. Who sees us from farther away knows better; with nobody's word, CLIENT is what always works."""
     outside = [t for t in found if is_public(t.seen)]
     near = [t for t in found if not is_loopback(t.seen)]

@@ -7,6 +7,7 @@ streamed message's length, counts no bytes, and does not notice the end of some 
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import closing
@@ -35,7 +36,10 @@ class Traffic:
 
 
 def patch_hivemind(private_folder: Path, traffic: Traffic) -> None:
-    """Move the daemon's sockets to `private_folder`, cap messages, count bytes."""
+    """Move the daemon's sockets to `private_folder`, cap messages, count bytes, notice broken streams."""
+    # By default libp2p dials from the port that it listens on. A router that still remembers a connection between the
+    # same two ports, made from the other side or before a restart, then lets no new one through.
+    os.environ["LIBP2P_TCP_REUSEPORT"] = "false"
     P2P._UNIX_SOCKET_PREFIX = f"/unix{private_folder}/"
     send = P2P.send_raw_data
 
@@ -118,18 +122,17 @@ async def start_daemon(
     host: str,
     port: int,
     initial_peers: Sequence[str] = (),
-    announce: Sequence[str] = (),
     dialable: bool = True,
 ) -> P2P:
     """Start the libp2p daemon on TCP `host`:`port` (0 = any free port). Raises TransportError.
 
-    It connects with `initial_peers` at once. `announce` replaces the addresses that it tells others; one that is not
-    `dialable` listens nowhere. TCP only: over QUIC most streamed replies were lost to the hang-up race.
+    It connects with `initial_peers` at once; one that is not `dialable` listens nowhere. TCP only: over QUIC most
+    streamed replies were lost to the hang-up race.
     """
     where: dict[str, Any] = {"no_listen": True, "host_maddrs": None, "dht_mode": "client"}
     if dialable:
         check_port(host, port)
-        where = {"host_maddrs": [f"/ip4/{host}/tcp/{port}"], "announce_maddrs": list(announce) or None}
+        where = {"host_maddrs": [f"/ip4/{host}/tcp/{port}"]}
     try:
         return await P2P.create(
             identity_path=str(identity.path),

@@ -1,0 +1,110 @@
+"""What a worker does that nobody can dial: it waits for one that can be, and never leaves the run by going on alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hivemind.utils import get_dht_time
+
+from dtrain.dht.exchange import PeerView
+from dtrain.dht.heartbeats import PeerRecord
+from dtrain.dht.history import RoundRecord
+from dtrain.dht.matchmaking import RoundMatchmaking
+from dtrain.dht.meeting import NO_LEADER, Rounds
+from dtrain.dht.membership import Contribution
+from dtrain.trainer.exchange import can_give
+
+CONTRIBUTION = Contribution(3, bytes(32), b"payload", 10.0)
+
+
+def record(name: str, state: str = "training", **status: object) -> PeerRecord:
+    return PeerRecord(name, {"state": state, "round": 3, "work": 0.0, "digest": "", **status}, 1e12)
+
+
+class Others:
+    """Heartbeats that say what the test wants."""
+
+    def __init__(self, *records: PeerRecord):
+        self.records = list(records)
+
+    def active(self) -> list[PeerRecord]:
+        return [record for record in self.records if record.is_active]
+
+    def ahead(self) -> list[PeerRecord]:
+        return []
+
+    async def refresh(self) -> None: ...
+
+    @contextmanager
+    def hurrying(self) -> Iterator[None]:
+        yield
+
+
+class Averager:
+    """Every group meets at once."""
+
+    terms = SimpleNamespace(matchmaking_s=0.6)
+
+    def __init__(self) -> None:
+        self.expected = -1
+
+    async def run_alone(self, contribution: Contribution) -> RoundRecord:
+        return RoundRecord(contribution.round, contribution.base_digest, ["me"], aggregates=[b"mine"])
+
+    async def run_round(self, contribution: Contribution, expected: Any) -> RoundRecord:
+        self.expected = expected()
+        return RoundRecord(contribution.round, contribution.base_digest, ["me", "you"], aggregates=[b"ours"])
+
+
+def verdict(others: Others, *, is_client: bool) -> dict[str, Any]:
+    rounds = Rounds(Averager(), others, is_client=is_client)  # type: ignore[arg-type]
+    return asyncio.run(rounds.run(CONTRIBUTION))
+
+
+@pytest.mark.parametrize("others", [(), ("client",), ("client", "client")])
+def test_who_cannot_be_dialled_waits_for_one_that_can(others: tuple[str, ...]) -> None:
+    """With nobody, or only with its like, such a worker has nobody to meet; it says so, and goes on waiting."""
+    there = Others(*(record(str(n), reach=reach) for n, reach in enumerate(others)))
+    reply = verdict(there, is_client=True)
+    assert reply == {"verdict": "no-group", "problem": NO_LEADER}
+
+
+def test_who_can_be_dialled_goes_on_alone() -> None:
+    assert verdict(Others(), is_client=False)["verdict"] == "alone"
+    gone = Others(record("a", "leaving"), record("b", "finished", reach="client"))
+    assert verdict(gone, is_client=False)["verdict"] == "alone"
+
+
+def test_a_leader_that_comes_ends_the_wait() -> None:
+    """The worker meets it in the very round that it has waited with."""
+
+    async def scenario() -> dict[str, Any]:
+        there = Others(record("a", reach="client"))
+        rounds = Rounds(Averager(), there, is_client=True)  # type: ignore[arg-type]
+        asyncio.get_running_loop().call_later(0.1, there.records.append, record("b", reach="direct"))
+        return await rounds.run(CONTRIBUTION)
+
+    assert asyncio.run(scenario())["verdict"] == "done"
+
+
+@pytest.mark.parametrize("reach", ["client", "direct"])
+def test_who_cannot_be_dialled_is_asked_for_nothing(reach: str) -> None:
+    """Its theta may be ahead, but nobody can have it."""
+    peer = record("a", reach=reach)
+    view = PeerView("a", peer.status, 0.0)
+    assert peer.can_be_dialled == can_give(view) == (reach == "direct")
+    joining = PeerView("a", {"state": "joining", "reach": reach}, 0.0)
+    assert not can_give(joining)
+
+
+def test_who_cannot_lead_waits_for_any_leader() -> None:
+    """A leader turns away whoever gives up before its group starts, and may have begun its search after us: each
+    request lasts as long as the ticket of a leader that begins just now."""
+    ours = SimpleNamespace(client_mode=True, _ticket_lasts_s=23.0)
+    until = RoundMatchmaking.get_request_expiration_time(ours)  # type: ignore[arg-type]
+    assert until == pytest.approx(get_dht_time() + 23.0, abs=5.0)
