@@ -52,7 +52,7 @@ runs/ID/rounds.jsonl, one object per line; round 0 is the beginning and has only
     eval_loss               as above; null in rounds without an evaluation
     bytes_up_per_worker     as above, so far; bytes_down_per_worker too
     contributors            workers whose payload is in the round
-    wait_s, exchange_s      mean seconds from a worker's payload until the group met, and from there to the last aggregate
+    wait_s, exchange_s      mean seconds from a payload until its group met, and from there to the last aggregate
     compute_share           as above, so far
     lost_sections           as above, in this round
     digest                  hex hash of theta after the round
