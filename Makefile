@@ -4,13 +4,14 @@
 # make setup   what the three do first: a virtual environment in .venv with everything in it
 #
 # PYTHON=python3.12 chooses the interpreter, DEMO_ARGS='--rounds 40' is handed to the demo, and so is
-# TEST_ARGS='-k codec' to pytest.
+# TEST_ARGS='-k codec' to pytest. TEST_JOBS=0 runs the tests in one process.
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTHON ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
+TEST_JOBS ?= 2
 
 .PHONY: setup demo test check chaos soak nat-test clean
 
@@ -36,7 +37,7 @@ demo: setup
 	$(BIN)/dtrain demo $(DEMO_ARGS)
 
 test: setup
-	$(BIN)/pytest $(TEST_ARGS)
+	$(BIN)/pytest --numprocesses $(TEST_JOBS) --dist loadgroup $(TEST_ARGS)
 
 check: setup
 	$(BIN)/ruff check .

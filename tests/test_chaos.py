@@ -11,6 +11,8 @@ from swarm_tools import Swarm, WorkerProcess, swarm
 
 from dtrain.dht.faults import VARIABLE
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 RUN_FILE = """
 [model]
 dim = 64

@@ -27,6 +27,8 @@ from dtrain.experiments.demo_watch import WorkerView
 from dtrain.trainer.cli import main
 from dtrain.trainer.metrics import MetricsLog
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 NUM_PARAMS, INNER_STEPS = 1000, 10
 
 

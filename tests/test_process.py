@@ -21,6 +21,8 @@ import pytest
 from dtrain.dht import ipc, process
 from dtrain.dht.process import ConnectionLost, ExchangeError, NetworkProcess, sweep_left_overs
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 DEADLINE_S = 60.0
 
 # Stands in for the interpreter that runs `dtrain.dht.peer`: obeys over the same socket, without a network.

@@ -20,7 +20,7 @@ from dtrain.trainer.settings import MachineSettings
 from dtrain.trainer.signing import SignedManifest
 from dtrain.trainer.worker import Worker
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.xdist_group("processes")]
 SMALL = ("--preset", "tiny", "--inner-steps", "2", "--batch-size", "2", "--eval-every", "0")
 
 
