@@ -220,6 +220,17 @@ class DhtExchange:
         self._status = {**status, "address": address, "reach": self.reach}
         self._announce()
 
+    def post(self, topic: str, note: bytes) -> None:
+        try:
+            self.process.tell("post", topic=topic, note=note)
+        except ConnectionLost:
+            pass  # the next note says it all
+
+    def posted(self, topic: str) -> dict[str, bytes]:
+        """Everybody's note under a topic by peer id, unchecked. Raises ExchangeError."""
+        notes: dict[str, bytes] = self.process.command("read_notes", topic=topic)
+        return notes
+
     def swarm(self) -> Sequence[PeerView]:
         heard, views = self._swarm
         passed = time.monotonic() - heard

@@ -55,11 +55,12 @@ class Heartbeats:
         self._own_id = node.peer_id.to_bytes()
         self._wake, self._in_a_hurry = asyncio.Event(), False
         self._others: dict[str, PeerRecord] = {}
+        self.announced = False  # an observer never is
         self.status: dict[str, Any] = {"round": 0, "digest": "", "state": "joining", "work": 0.0}
 
     async def announce(self, status: Mapping[str, Any]) -> None:
         """Store this worker's heartbeat; it stays fresh for the run's `heartbeat_ttl_s`."""
-        self.status = dict(status)
+        self.status, self.announced = dict(status), True
         await self._node.store(
             self._key,
             pack_status(status),

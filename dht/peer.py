@@ -25,7 +25,7 @@ from hivemind.utils import get_dht_time
 from dtrain.compression.codec import Codec
 from dtrain.compression.spec import CodecSpec
 from dtrain.compression.warm_up import warm_up
-from dtrain.dht import ipc, manifests, rendezvous, streams
+from dtrain.dht import ipc, manifests, notes, rendezvous, streams
 from dtrain.dht.averager import RunTerms, SwarmAverager
 from dtrain.dht.connection import attach
 from dtrain.dht.faults import PIECE_BYTES, FaultPlan
@@ -184,6 +184,14 @@ class NetworkPeer:
         if self._opened.is_set():
             await self._heartbeats.announce(args["status"])
 
+    async def post(self, args: Args) -> None:
+        if self._opened.is_set():
+            await notes.post(self._node, self._averager.terms.prefix, args["topic"], args["note"])
+
+    async def read_notes(self, args: Args) -> dict[str, bytes]:
+        await self._opened.wait()
+        return await notes.read(self._node, self._averager.terms.prefix, args["topic"])
+
     async def run_round(self, args: Args) -> Args:
         """Take part in a round; the reply's "verdict" is one of trainer/exchange.py's."""
         await self._opened.wait()  # after a restart the worker may ask before it has had us open the run
@@ -252,7 +260,7 @@ class NetworkPeer:
         for task in self._tasks:
             task.cancel()
         try:
-            if self._opened.is_set() and not self._moved:
+            if self._opened.is_set() and self._heartbeats.announced and not self._moved:
                 goodbye = self._heartbeats.announce({**self._heartbeats.status, "state": "leaving"})
                 await asyncio.wait_for(goodbye, LEAVE_S)
         except Exception:  # leaving anyway
@@ -271,6 +279,8 @@ COMMANDS: dict[str, Callable[[NetworkPeer, Args], Awaitable[Any]]] = {
     "find_manifests": NetworkPeer.find_manifests,
     "open_run": NetworkPeer.open_run,
     "announce": NetworkPeer.announce,
+    "post": NetworkPeer.post,
+    "read_notes": NetworkPeer.read_notes,
     "run_round": NetworkPeer.run_round,
     "fetch_round": NetworkPeer.fetch_round,
     "fetch_state": NetworkPeer.fetch_state,

@@ -51,6 +51,11 @@ class MemoryExchange:
                 peer.next_round = 0
             self._swarm.changed.notify_all()
 
+    def post(self, topic: str, note: bytes) -> None:
+        """See `Exchange`."""
+        with self._swarm.changed:
+            self._swarm.peer(self._peer_id).notes[topic] = note
+
     def swarm(self) -> Sequence[PeerView]:
         """See `Exchange`."""
         with self._swarm.changed:

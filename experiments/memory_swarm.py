@@ -50,6 +50,7 @@ class MemoryPeer:
     """The round it stands at by the outcome of its last one, which its next announcement will say."""
     provider: Callable[[], State] | None = None
     history: OrderedDict[int, MemoryOutcome] = field(default_factory=OrderedDict)
+    notes: dict[str, bytes] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
 

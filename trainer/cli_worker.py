@@ -228,6 +228,7 @@ def _build(
         threads=args.threads,
         max_tokens_per_s=args.max_tokens_per_s,
         audit=args.audit,
+        sample_text=True,
         data=args.data,
         max_rounds=args.rounds,
         eval_every=args.eval_every,

@@ -129,6 +129,9 @@ class Exchange(Protocol):
         or bool.
         """
 
+    def post(self, topic: str, note: bytes) -> None:
+        """Leave a longer note for those who watch the run (never blocks, may get lost); the next one replaces it."""
+
     def swarm(self) -> Sequence[PeerView]:
         """Other workers of the run whose heartbeat is fresh."""
 

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from dtrain.trainer.bulletin import SAMPLE_TOPIC, TOPIC, Bulletin, EvalLine, RoundLine, Sample
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
 from dtrain.trainer.exchange import Exchange, Outcome
 from dtrain.trainer.metrics import Metrics
@@ -15,6 +16,7 @@ from dtrain.trainer.pacing import Pace, Pacer
 
 STEP_PERIOD_S = 0.5  # at most one step event per this time
 ANNOUNCE_PERIOD_S = 1.0  # and one heartbeat on top of the regular ones
+POST_PERIOD_S = 2.0  # and one bulletin; it holds the last few rounds
 
 Say = Callable[[str], None]
 
@@ -44,6 +46,9 @@ class Reporter:
     tokens: int = 0  # trained by this worker, all its life
     _state: str = "starting"
     _pace: Pace = field(init=False)
+    _trained_s: float = 0.0  # in the last round's inner steps
+    _outcome_came: float = 0.0  # by clock.monotonic(), as the other moments here
+    _last_posted: float = 0.0
     _first_round_began: float = 0.0
     _compute_s: float = 0.0
     _remaining_s: float = 0.0
@@ -56,6 +61,7 @@ class Reporter:
     def __post_init__(self) -> None:
         self.started = self.clock.time()
         self._pace = Pace(0, self.clock.monotonic(), clock=self.clock)
+        self.bulletin = Bulletin()
 
     def state(self, state: str) -> None:
         """Enter a state: starting, joining, waiting, training, exchanging, finished, leaving or stopped."""
@@ -96,6 +102,8 @@ class Reporter:
 
     def resync(self, reason: str) -> None:
         self.metrics.write("resync", round=self.outer.round, reason=reason)
+        self.bulletin.event(self.clock.time(), "resync", reason)
+        self._post()
         self.say(f"Back with the others: {reason}.")
 
     def begin_round(self, number: int) -> Pace:
@@ -141,7 +149,8 @@ class Reporter:
 
     def end_training(self, pace: Pace) -> None:
         """A round's inner steps are done."""
-        self._compute_s += self.clock.monotonic() - pace.began
+        self._trained_s = self.clock.monotonic() - pace.began
+        self._compute_s += self._trained_s
 
     @property
     def compute_share(self) -> float:
@@ -154,7 +163,9 @@ class Reporter:
         """Wait for the exchange; if it makes us wait, that is a state of its own."""
         if not outcome.done():
             self.state("exchanging")
-        return outcome.result()
+        result = outcome.result()
+        self._outcome_came = self.clock.monotonic()
+        return result
 
     def round_done(self, outcome: Outcome, training: Trained, all_tokens: int, payload_bytes: int) -> None:
         """A round is applied; `outer` is the new one."""
@@ -179,6 +190,7 @@ class Reporter:
             digest=self.outer.digest.hex(),
             problem=outcome.problem,
         )
+        self._enter_round(outcome, loss, own_tokens, included)
         share = 100.0 * own_tokens / all_tokens if included and all_tokens else 0.0
         who = "alone" if len(outcome.contributors) == 1 else f"{len(outcome.contributors)} workers"
         self.say(
@@ -191,11 +203,43 @@ class Reporter:
             self.metrics.write("first_contribution", round=self.outer.round, seconds=round(seconds, 3))
             self.say(f"Your machine has contributed, {seconds:.1f} s after the command. Thank you!")
 
+    def _enter_round(self, outcome: Outcome, loss: float, tokens: int, included: bool) -> None:
+        """Tell observers of a round."""
+        self.bulletin.contributions += included
+        self.bulletin.rounds.append(
+            RoundLine(
+                round=self.outer.round,
+                compute_s=self._trained_s,
+                wait_s=outcome.wait_s,
+                exchange_s=outcome.exchange_s,
+                apply_s=self.clock.monotonic() - self._outcome_came,
+                group=len(outcome.contributors),
+                included=included,
+                loss=loss,
+                tokens=tokens,
+            )
+        )
+        if outcome.problem:
+            self.bulletin.event(self.clock.time(), "problem", outcome.problem)
+        if self.clock.monotonic() - self._last_posted > POST_PERIOD_S:
+            self._post()
+
+    def _post(self) -> None:
+        self._last_posted = self.clock.monotonic()
+        self.exchange.post(TOPIC, self.bulletin.pack(self.started, self.exchange.traffic()))
+
+    def sampled(self, prompt: str, text: str) -> None:
+        """Theta has written something."""
+        self.exchange.post(SAMPLE_TOPIC, Sample(self.outer.round, prompt, text).pack())
+
     def evaluated(self, eval_loss: float) -> None:
         self.metrics.write("eval", round=self.outer.round, eval_loss=round(eval_loss, 6))
+        self.bulletin.evals.append(EvalLine(self.outer.round, eval_loss))
+        self._post()
         self.say(f"Round {self.outer.round}: evaluation loss {eval_loss:.4f}.")
 
     def stopped(self, reason: str) -> None:
+        self._post()
         up, down = self.exchange.traffic()
         self.metrics.write(
             "stop",

@@ -31,6 +31,8 @@ class MachineSettings:
     """Train no faster than this, to keep the machine cool; 0 = no limit."""
     audit: bool = False
     """Check after every round that nothing was lost: produced = delivered + kept (`audit` events in the metrics)."""
+    sample_text: bool = False
+    """Let theta write a line of text at evaluations, for those who watch the run; one worker of all does."""
     data: Path | None = None
     """The text file to train on, where the run uses one."""
     max_rounds: int = 0

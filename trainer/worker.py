@@ -30,6 +30,7 @@ from dtrain.trainer.model import GPT
 from dtrain.trainer.outer_loop import OuterLoop, named, part
 from dtrain.trainer.pacing import Pace, Pacer
 from dtrain.trainer.reporting import Reporter, Say
+from dtrain.trainer.sampling import Sampler, write_sample
 from dtrain.trainer.settings import MachineSettings, resolve_device
 from dtrain.trainer.strategies import make_strategy
 
@@ -93,6 +94,7 @@ class Worker:
         self.pacer = Pacer(manifest, exchange, clock)
         self.report = Reporter(settings.name, str(device), metrics, exchange, self.outer, say, clock)
         self._overlaps = manifest.exchange.overlap == "eager"
+        self.sampler = Sampler()
         self._courier = clock.courier()
         self._delivery: Delivery | None = None
         self._stop = threading.Event()
@@ -276,6 +278,8 @@ class Worker:
         kept = self.local.flat.clone()
         self.local.flat.copy_(self.outer.state.theta_flat)
         self.report.evaluated(evaluate(self.model, self.corpus, self.manifest.data, self.manifest.train))
+        if self.settings.sample_text and self.sampler.is_due(self.exchange, self.clock.monotonic()):
+            self.report.sampled(*write_sample(self.model, self.corpus, self.outer.round))
         self.local.flat.copy_(kept)
 
     def _checkpoint(self) -> None:
