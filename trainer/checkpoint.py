@@ -25,14 +25,15 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from dtrain.trainer.errors import CheckpointError, RunError, UsageError
-from dtrain.trainer.outer import combine, piece_hashes
+from dtrain.trainer.outer import digest_of
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "dtrain-checkpoint-1"
 METADATA_KEY = "dtrain"
 THETA = "theta"
-"""Name of the tensor that `Checkpoint.digest` is of."""
+SHARED = "shared."
+"""`Checkpoint.digest` is of the tensor THETA and of those whose name begins with SHARED."""
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Checkpoint:
     tokens: int
     """Tokens the swarm has trained so far."""
     digest: bytes
-    """Digest of theta, 32 bytes."""
+    """Digest of theta and the strategy's shared state, 32 bytes."""
     manifest_hash: bytes
     """Hash of the run's manifest, 32 bytes."""
     tensors: dict[str, Tensor]
@@ -195,7 +196,8 @@ def _verified(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Checkp
         tensors=tensors,
         extra=body["extra"],
     )
-    if combine(piece_hashes(tensors[THETA])) != checkpoint.digest:
+    shared = {name.removeprefix(SHARED): t for name, t in tensors.items() if name.startswith(SHARED)}
+    if digest_of(tensors[THETA], shared) != checkpoint.digest:
         raise ValueError("its theta does not match its digest")
     return checkpoint
 

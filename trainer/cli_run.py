@@ -21,6 +21,8 @@ FIND_MANIFEST_S = 20.0
 # Flags that set something all peers of a run share, and the manifest key each one sets.
 SHARED_FLAGS = {
     "preset": "model.preset",
+    "strategy": "strategy.name",
+    "optimizer": "train.optimizer",
     "inner_steps": "train.inner_steps",
     "batch_size": "train.batch_size",
     "lr": "train.lr",

@@ -80,6 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared = parser.add_argument_group("the run (for the first worker; later ones take what the run has)")
     shared.add_argument("--config", type=Path, metavar="RUN.TOML", help="the run's settings")
     shared.add_argument("--preset", help="model size: tiny, small, gpt2 or medium")
+    shared.add_argument("--strategy", help="what travels: sparseloco, diloco, demo or ddp")
+    shared.add_argument("--optimizer", help="of the inner steps: adamw, adamw8bit or muon")
     shared.add_argument("--inner-steps", type=int, help="inner steps per round")
     shared.add_argument("--batch-size", type=int, help="sequences per inner step")
     shared.add_argument("--lr", type=float, help="learning rate of the inner steps")

@@ -19,6 +19,8 @@ TOKENIZERS = {"bytes": 256}
 FLAGS = {
     "model.preset": "--preset",
     "train.inner_steps": "--inner-steps",
+    "train.optimizer": "--optimizer",
+    "strategy.name": "--strategy",
     "exchange.start_workers": "--start-workers",
     "exchange.overlap": "--overlap",
     "exchange.round_tokens": "--round-tokens",
@@ -152,7 +154,7 @@ class TrainConfig:
     clip: float = 1.0
     """Gradients are scaled down to this norm when they exceed it."""
     optimizer: str = "adamw"
-    """Inner optimizer, a key of `inner.OPTIMIZERS`."""
+    """Inner optimizer, a key of `optimizers.OPTIMIZERS`."""
     seed: int = 0
     """Seed of theta's initial value and of every worker's data stream."""
 
@@ -180,14 +182,17 @@ class StrategyConfig:
     name: str = "sparseloco"
     """A key of `strategies.STRATEGIES`."""
     outer_lr: float = 1.0
-    """Step size of the outer step (alpha)."""
+    """Step size of the outer step (alpha); strategies that collect gradients multiply it with the inner schedule's."""
+    outer_momentum: float = 0.0
+    """Nesterov momentum of the outer step (mu), for the strategies that have one."""
     feedback_decay: float = 0.95
     """Share of the error feedback that each round keeps (beta)."""
 
     def __post_init__(self) -> None:
         settle_types(self, self.SECTION)
         require(self.outer_lr > 0, "strategy.outer_lr", "be above 0", self.outer_lr)
-        beta = self.feedback_decay
+        mu, beta = self.outer_momentum, self.feedback_decay
+        require(0 <= mu < 1, "strategy.outer_momentum", "be at least 0 and below 1", mu)
         require(0 <= beta <= 1, "strategy.feedback_decay", "be between 0 and 1", beta)
 
 

@@ -1,17 +1,27 @@
-"""Inner training: the learning-rate schedule, the inner optimizers, and one inner step."""
+"""Inner training: the learning-rate schedule, one inner step, and what the steps of a round contribute."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dtrain.trainer import exact
 from dtrain.trainer.config import DataConfig, TrainConfig
 from dtrain.trainer.data import Corpus
-from dtrain.trainer.errors import RunError, UsageError
+from dtrain.trainer.errors import RunError
+from dtrain.trainer.flat import FlatParameters
+from dtrain.trainer.optimizers import make_optimizers
+
+DELTA = "delta"  # theta - local: the inner steps move the local weights
+GRADIENT = "gradient"  # the mean gradient at theta: the inner steps leave the weights alone
+
+TABLES = ("qmap1", "qmap2", "absmax1", "absmax2")
+"""Parts of bitsandbytes' state whose shape is not the parameter's."""
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -21,75 +31,133 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     length = max(1, config.total_steps - config.warmup_steps)
     progress = min(1.0, (step - config.warmup_steps) / length)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    cosine = 0.5 * (1.0 + exact.cosine(math.pi * progress))  # some outer steps use this rate too
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine)
 
 
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101); matrices decay, vectors do not."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=fused)
-
-
-OPTIMIZERS: dict[str, Callable[[nn.Module, TrainConfig], torch.optim.Optimizer]] = {"adamw": adamw}
-"""Inner optimizers by the name that `train.optimizer` gives."""
-
-
-class InnerLoop:
-    """Trains one model on one device, step by step. The optimizer's moments live on from round to round."""
-
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        if config.optimizer not in OPTIMIZERS:
-            choices = ", ".join(OPTIMIZERS)
-            raise UsageError(f"there is no train.optimizer {config.optimizer!r}: choose one of {choices}")
-        self.model = model
-        self.config = config
-        self.parameters = list(model.parameters())
-        self.device = self.parameters[0].device
-        self.optimizer = OPTIMIZERS[config.optimizer](model, config)
+class Inner(Protocol):
+    """What the worker loop needs of its inner training."""
 
     def step(self, x: Tensor, y: Tensor, index: int) -> Tensor:
         """Train on x, y [B, T] int64 as the run's inner step `index`; returns the loss before it (0-dim).
 
         The loss stays on the device: read it seldom, as reading waits for a GPU to finish.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, index)
-        self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device):
-            loss: Tensor = self.model(
-                x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-            )
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-        self.optimizer.step()
-        return loss.detach()
+
+    def contribution(self, base: Tensor, local: FlatParameters) -> list[Tensor]:
+        """What the steps since the local weights were `base` [num_params] gave: an fp32 CPU tensor per parameter."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The optimizer's tensors under the names "<parameter index>.<moment>"."""
-        state = self.optimizer.state_dict()["state"]
-        return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
+        """What a restart needs beside the weights."""
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave; an empty mapping resets the moments."""
-        state: dict[int, dict[str, Tensor]] = {}
+        """Take over what `state_dict` gave; an empty mapping begins anew."""
+
+
+class InnerLoop:
+    """Trains one model on one device by an inner optimizer, whose moments live on from round to round.
+
+    It contributes a delta: base - local.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.model = model
+        self.config = config
+        self.parameters = dict(model.named_parameters())
+        self.device = next(model.parameters()).device
+        self.optimizers = make_optimizers(model, config)
+
+    def step(self, x: Tensor, y: Tensor, index: int) -> Tensor:
+        """See Inner."""
+        rate = learning_rate(self.config, index)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+        loss = forward(self.model, x, y, self.device)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss.detach()
+
+    def contribution(self, base: Tensor, local: FlatParameters) -> list[Tensor]:
+        """See Inner."""
+        return local.views(base.cpu() - local.flat.cpu())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The optimizers' tensors under the names "<parameter>.<moment>"."""
+        state = {p: entry for optimizer in self.optimizers for p, entry in optimizer.state.items()}
+        return {
+            # bitsandbytes' parameters share their tables, which one safetensors file cannot say.
+            f"{name}.{moment}": torch.as_tensor(value).clone() if moment in TABLES else torch.as_tensor(value)
+            for name, parameter in self.parameters.items()
+            for moment, value in state.get(parameter, {}).items()
+        }
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """See Inner. RunError if a moment does not fit."""
+        state: dict[str, dict[str, Any]] = {}
         for key, value in tensors.items():
-            index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = value
-        sizes = [p.shape for group in self.optimizer.param_groups for p in group["params"]]
-        for place, entry in state.items():
-            for name, value in entry.items():
-                if place >= len(sizes) or (value.ndim > 0 and value.shape != sizes[place]):
-                    raise RunError(f"stored optimizer state {place}.{name} does not fit this model")
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            name, _, moment = key.rpartition(".")
+            fits = name in self.parameters and (
+                value.ndim == 0 or moment in TABLES or value.shape == self.parameters[name].shape
+            )
+            if not fits:
+                raise RunError(f"stored optimizer state {key} does not fit this model")
+            is_count = value.ndim == 0 and not value.is_floating_point()
+            state.setdefault(name, {})[moment] = int(value) if is_count else value
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        for optimizer in self.optimizers:
+            mine = [names[p] for group in optimizer.param_groups for p in group["params"]]
+            places = {place: state[name] for place, name in enumerate(mine) if name in state}
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": places, "param_groups": groups})
+
+
+class GradientLoop:
+    """Adds up gradients and leaves the weights alone. It contributes the mean gradient since its last contribution."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self._num_steps = 0
+
+    def step(self, x: Tensor, y: Tensor, index: int) -> Tensor:
+        """See Inner."""
+        if self._num_steps == 0:
+            self.model.zero_grad(set_to_none=True)
+        loss = forward(self.model, x, y, self.device)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._num_steps += 1
+        return loss.detach()
+
+    def contribution(self, base: Tensor, local: FlatParameters) -> list[Tensor]:
+        """See Inner."""
+        count, self._num_steps = self._num_steps, 0
+        if count == 0:
+            return [torch.zeros(shape) for _, shape in local.shapes]
+        gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.model.parameters())
+        return [gradient.float().div(count).cpu() for gradient in gradients]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing: each round begins anew."""
+        return {}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing to take over."""
+
+
+def make_inner(model: nn.Module, config: TrainConfig, collects: str) -> Inner:
+    """The inner training of a strategy that collects this, see `strategy.py`."""
+    return GradientLoop(model) if collects == GRADIENT else InnerLoop(model, config)
+
+
+def forward(model: nn.Module, x: Tensor, y: Tensor, device: torch.device) -> Tensor:
+    """The loss of x, y [B, T] int64 (0-dim)."""
+    with autocast(device):
+        loss: Tensor = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+    return loss
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

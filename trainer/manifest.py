@@ -159,7 +159,8 @@ def preset_manifest(
 ) -> Manifest:
     """A preset's manifest with some values replaced.
 
-    `overrides` maps dotted keys ("train.lr") to values; None values are passed over, so flags fit as parsed.
+    `overrides` maps dotted keys ("train.lr") to values; None values are passed over, so flags fit as parsed. A strategy
+    that is named there changes the preset's other values to what suits it.
     """
     if preset not in PRESETS:
         close = _did_you_mean(preset, PRESETS)
@@ -170,15 +171,24 @@ def preset_manifest(
     for name, section in PRESETS[preset].items():
         tree[name].update(section)
     tree["model"].update(preset=preset, vocab_size=256)
-    for key, value in (overrides or {}).items():
-        if value is None:
-            continue
+    given = overrides or {}
+    values = {key: value for key, value in given.items() if value is not None}
+    for key, value in {**_strategy_defaults(values.get("strategy.name")), **values}.items():
         section_name, _, field_name = key.partition(".")
         if section_name not in SECTIONS or not field_name:
             _refuse_unknown([key], _dotted_keys(), prefix="")
         tree[section_name][field_name] = value
     sections = {name: _section(name, kind, tree[name]) for name, kind in SECTIONS.items()}
     return Manifest(run_id=run_id, **sections)
+
+
+def _strategy_defaults(name: object) -> Mapping[str, object]:
+    """What a strategy wants otherwise than the presets have it; they are made for the default one."""
+    if name is None or not isinstance(name, str) or name == StrategyConfig.name:
+        return {}
+    from dtrain.trainer.strategies import find  # only now: it imports torch
+
+    return find(name).defaults
 
 
 def manifest_from_toml(path: Path | str, overrides: Mapping[str, object] | None = None) -> Manifest:

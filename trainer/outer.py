@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -27,9 +28,15 @@ class OuterState:
     tokens: int = 0
     """Tokens trained by the whole swarm so far, in thetas this worker has seen."""
 
-    def digest(self) -> bytes:
-        """32 bytes that identify theta."""
-        return combine(piece_hashes(self.theta_flat))
+    def digest(self, shared: Mapping[str, Tensor] = MappingProxyType({})) -> bytes:
+        """32 bytes that identify theta and the strategy's shared state: who has both takes the same outer steps."""
+        return digest_of(self.theta_flat, shared)
+
+
+def digest_of(theta: Tensor, shared: Mapping[str, Tensor]) -> bytes:
+    """The digest of a theta with the strategy's shared state, by name; both flat fp32 on the CPU."""
+    tensors = [theta, *(shared[name] for name in sorted(shared))]
+    return combine([piece for tensor in tensors for piece in piece_hashes(tensor)])
 
 
 def piece_hashes(flat: Tensor) -> list[bytes]:

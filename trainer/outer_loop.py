@@ -14,7 +14,7 @@ from dtrain.trainer.errors import RunError
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.manifest import Manifest
 from dtrain.trainer.outer import OuterState
-from dtrain.trainer.strategies import Strategy
+from dtrain.trainer.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class OuterLoop:
         self.codec, self.strategy = codec, strategy
         self.state = OuterState(local.flat.detach().cpu().clone())
         self.theta: list[Tensor] = local.views(self.state.theta_flat)
-        self.digest = self.state.digest()
+        self.digest = self.state.digest(strategy.shared_state())
         self._lock = threading.Lock()  # theta and its round change together: donors read from another thread
 
     @property
@@ -51,7 +51,7 @@ class OuterLoop:
     def step(self, aggregates: Sequence[bytes]) -> int:
         """Theta of this round becomes theta of the next; returns the tokens that went into it."""
         with self._lock:
-            self.strategy.apply(self.theta, aggregates)
+            self.strategy.step(self.theta, self.codec.decode(aggregates), self.round)
             weights = [sum(w for _, w in self.codec.contributors(a)) for a in aggregates]
             tokens = int(max(weights, default=0.0))
             self._stands_at(self.round + 1, self.tokens + tokens)
@@ -63,18 +63,18 @@ class OuterLoop:
         if theta.shape != self.state.theta_flat.shape or state.manifest_hash != self._manifest_hash:
             raise RunError("these are the weights of another run")
         with self._lock:
-            self.state.theta_flat.copy_(theta)
             self.strategy.load_shared_state(part(state.tensors, "shared"))
+            self.state.theta_flat.copy_(theta)
             self._stands_at(state.round, state.tokens)
 
     def _stands_at(self, round: int, tokens: int) -> None:
         self.state.round, self.state.tokens = round, tokens
-        self.digest = self.state.digest()
+        self.digest = self.state.digest(self.strategy.shared_state())
 
     def shared_state(self) -> SharedState:
         """What a newcomer needs to stand where we stand; the same bytes from everybody who stands there."""
         with self._lock:
-            blob = pack(self.checkpoint(self._shared_tensors()))
+            blob = pack(self.checkpoint(self.shared_tensors()))
             return SharedState(self.round, float(self.tokens), self.digest, blob)
 
     def checkpoint(self, tensors: dict[str, Tensor], own_tokens: int | None = None) -> Checkpoint:
@@ -82,11 +82,8 @@ class OuterLoop:
         extra = {} if own_tokens is None else {"own_tokens": own_tokens}
         return Checkpoint(self.round, self.tokens, self.digest, self._manifest_hash, tensors, extra)
 
-    def own_tensors(self) -> dict[str, Tensor]:
-        """Everything of this half that a restart needs."""
-        return {**self._shared_tensors(), **named("strategy", self.strategy.state_dict())}
-
-    def _shared_tensors(self) -> dict[str, Tensor]:
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """Theta and what the strategy's outer step needs beside it."""
         return {"theta": self.state.theta_flat, **named("shared", self.strategy.shared_state())}
 
 

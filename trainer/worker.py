@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from dtrain.compression.codec import Codec
-from dtrain.trainer.audit import AuditedStrategy
+from dtrain.trainer.audit import AuditedFeedback
 from dtrain.trainer.catchup import catch_up
 from dtrain.trainer.checkpoint import CheckpointStore
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
 from dtrain.trainer.data import Corpus, open_corpus
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.exchange import ABSENT, ALONE, DONE, NO_GROUP, Exchange, Outcome, work_of
+from dtrain.trainer.feedback import ErrorFeedback, Feedback
 from dtrain.trainer.flat import FlatParameters
-from dtrain.trainer.inner import InnerLoop, evaluate
+from dtrain.trainer.inner import evaluate, make_inner
 from dtrain.trainer.manifest import Manifest
 from dtrain.trainer.metrics import Metrics
 from dtrain.trainer.model import GPT
@@ -79,16 +80,17 @@ class Worker:
         self.model = GPT(manifest.model, seed=manifest.train.seed).to(device)
         self.local = FlatParameters(self.model)
         self.codec = Codec(manifest.codec, self.local.shapes)
-        self.strategy = make_strategy(manifest, self.codec)
+        self.strategy = make_strategy(manifest, self.local.shapes)
+        self.feedback: Feedback = ErrorFeedback(manifest, self.codec)
         if settings.audit:
-            self.strategy = AuditedStrategy(
-                self.strategy,
+            self.feedback = AuditedFeedback(
+                self.feedback,
                 self.codec,
                 manifest.strategy.feedback_decay,
                 lambda error, scale: metrics.write("audit", error=error, scale=scale),
             )
         self.outer = OuterLoop(manifest, self.local, self.codec, self.strategy)
-        self.inner = InnerLoop(self.model, manifest.train)
+        self.inner = make_inner(self.model, manifest.train, self.strategy.collects)
         self.corpus = corpus or open_corpus(manifest.data, settings.data)
         self.store = CheckpointStore(settings.folder / "checkpoints", settings.keep_checkpoints)
         self.pacer = Pacer(manifest, exchange, clock)
@@ -132,7 +134,7 @@ class Worker:
         checkpoint = self.store.newest(self.manifest.hash)
         if checkpoint is not None:
             self.outer.replace(checkpoint)
-            self.strategy.load_state_dict(part(checkpoint.tensors, "strategy"))
+            self.feedback.load_state_dict(part(checkpoint.tensors, "feedback"))
             self.inner.load_state_dict(part(checkpoint.tensors, "inner"))
             self.report.tokens = int(checkpoint.extra.get("own_tokens", 0))
             source = "checkpoint"
@@ -197,8 +199,9 @@ class Worker:
             self.clock.wait(self._stop, max(0.0, ready - self.clock.monotonic()))
 
     def _encode(self, training: Training) -> bytes:
-        """The delta and the error feedback become a payload; what it leaves out stays in the feedback."""
-        return self.strategy.encode(self.outer.theta, self._local_views(), training.round)
+        """The contribution and the error feedback become a payload; what it leaves out stays in the feedback."""
+        made = self.inner.contribution(self.outer.state.theta_flat, self.local)
+        return self.feedback.encode(made, training.round)
 
     def _deliver(self, payload: bytes, training: Training) -> None:
         """Hand the payload to the courier, which takes it into the exchange."""
@@ -229,14 +232,14 @@ class Worker:
         delivery, self._delivery = self._delivery, None
         outcome = self.report.waiting_for(delivery.outcome)
         if outcome.verdict in (DONE, ALONE):
-            self.strategy.give_back(delivery.payload, outcome.undelivered)
+            self.feedback.give_back(delivery.payload, outcome.undelivered)
             all_tokens = self.outer.step(outcome.aggregates)
             self._move_local(delivery.base)
             self.pacer.came_late = False
             self.report.round_done(outcome, delivery.training, all_tokens, len(delivery.payload))
             self._keep()
             return
-        self.strategy.give_back(delivery.payload, [(0, self.codec.num_chunks)])
+        self.feedback.give_back(delivery.payload, [(0, self.codec.num_chunks)])
         self._set_aside(delivery.base)
         if outcome.verdict != NO_GROUP:
             catch_up(self.outer, self.exchange, self.report.say, self.clock)
@@ -262,15 +265,10 @@ class Worker:
 
     # ------------------------------------------------------------------ helpers of the stages
 
-    def _local_views(self) -> list[Tensor]:
-        return self.local.views(self.local.flat.cpu())
-
     def _set_aside(self, base: Tensor | None = None) -> None:
         """What was trained since `base` (or theta) and is in no payload goes into the error feedback."""
-        theta = self.outer.state.theta_flat if base is None else base.cpu()
-        self.strategy.absorb(
-            [outer - mine for outer, mine in zip(self.local.views(theta), self._local_views())]
-        )
+        since = self.outer.state.theta_flat if base is None else base
+        self.feedback.absorb(self.inner.contribution(since, self.local))
         self.local.flat.copy_(self.outer.state.theta_flat)
 
     def _evaluate(self) -> None:
@@ -285,7 +283,11 @@ class Worker:
     def _checkpoint(self) -> None:
         if not self.settings.checkpoint_every:
             return
-        tensors = {**self.outer.own_tensors(), **named("inner", self.inner.state_dict())}
+        tensors = {
+            **self.outer.shared_tensors(),
+            **named("feedback", self.feedback.state_dict()),
+            **named("inner", self.inner.state_dict()),
+        }
         try:
             self.store.save(self.outer.checkpoint(tensors, self.report.tokens))
         except RunError as error:  # a full disk must not end the training
