@@ -24,7 +24,7 @@ def at_round(round: int) -> Checkpoint:
     theta = torch.rand(500, generator=torch.Generator().manual_seed(round))
     tensors = {
         "theta": theta,
-        "strategy.feedback": theta * 2,
+        "feedback.feedback": theta * 2,
         "inner.0.step": torch.tensor(float(round)),
         "empty": torch.zeros(0),
     }

@@ -12,9 +12,10 @@ import torch
 from dtrain.compression.codec import Codec
 from dtrain.experiments.memory import Faults, MemoryExchange, MemorySwarm
 from dtrain.trainer.exchange import ALONE, DONE, NO_GROUP, STALE, Exchange, Outcome
+from dtrain.trainer.feedback import ErrorFeedback
 from dtrain.trainer.manifest import Manifest, preset_manifest
 from dtrain.trainer.outer import OuterState
-from dtrain.trainer.strategies import SparseLoco
+from dtrain.trainer.strategies import make_strategy
 
 SHAPES = [("matrix", (256, 128)), ("vector", (300,))]
 BASE, OTHER = b"b" * 32, b"o" * 32
@@ -346,21 +347,22 @@ def run_rounds(num_rounds: int, order: str) -> set[bytes]:
     lab = Lab("abc")
 
     def work(name: str) -> bytes:
-        strategy, exchange = SparseLoco(lab.manifest, CODEC), lab.exchanges[name]
+        strategy, feedback = make_strategy(lab.manifest, SHAPES), ErrorFeedback(lab.manifest, CODEC)
+        exchange = lab.exchanges[name]
         flat = torch.zeros(CODEC.num_params)
         sizes = [torch.Size(shape).numel() for _, shape in SHAPES]
         theta = [piece.view(shape) for piece, (_, shape) in zip(flat.split(sizes), SHAPES, strict=True)]
         state = OuterState(flat, round=1)
         for _ in range(num_rounds):
             generator = torch.Generator().manual_seed(state.round * 1000 + ord(name))
-            local = [tensor + torch.randn(tensor.shape, generator=generator) for tensor in theta]
-            payload = strategy.encode(theta, local, state.round)
+            delta = [torch.randn(tensor.shape, generator=generator) for tensor in theta]
+            payload = feedback.encode(delta, state.round)
             outcome = exchange.run_round(
                 round=state.round, base_digest=state.digest(), payload=payload, weight=1.0
             )
             assert outcome.verdict == DONE
-            strategy.give_back(payload, outcome.undelivered)
-            strategy.apply(theta, outcome.aggregates)
+            feedback.give_back(payload, outcome.undelivered)
+            strategy.step(theta, CODEC.decode(outcome.aggregates), state.round)
             state.round += 1
             exchange.announce({"round": state.round, "state": "training", "name": name})
         return state.digest()

@@ -1,167 +1,190 @@
-"""Strategies: nothing that a worker computed is lost, and equal aggregates give bit-equal thetas."""
+"""The strategies' outer steps, each against its paper's equations in plain torch, and what all of them promise."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
-from dtrain.compression.codec import Codec
-from dtrain.compression.errors import CompressionError
 from dtrain.trainer.errors import RunError, UsageError
-from dtrain.trainer.manifest import preset_manifest
-from dtrain.trainer.strategies import SparseLoco, make_strategy
+from dtrain.trainer.inner import learning_rate
+from dtrain.trainer.manifest import Manifest, preset_manifest
+from dtrain.trainer.strategies import STRATEGIES, make_strategy
+from dtrain.trainer.strategy import Strategy
 
 SHAPES = [("matrix", (128, 64)), ("vector", (100,)), ("scalar", ())]
-MANIFEST = preset_manifest("test", overrides={"codec.dense_bits": 32})
-CODEC = Codec(MANIFEST.codec, SHAPES)
+ROUNDS = 5
 
 
-def draw(seed: int) -> list[torch.Tensor]:
+def manifest(name: str, **overrides: object) -> Manifest:
+    """Double underscores stand for dots."""
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    return preset_manifest("test", overrides={"strategy.name": name, **dotted})
+
+
+def made(name: str, **overrides: object) -> Strategy:
+    return make_strategy(manifest(name, **overrides), SHAPES)
+
+
+def draw(seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator) for _, shape in SHAPES]
 
 
-def aggregate(payloads: list[bytes], round: int) -> bytes:
-    sections = [(index, 1.0, payload) for index, payload in enumerate(payloads)]
-    return CODEC.reduce(
-        sections, run=MANIFEST.run_tag, round=round, first_chunk=0, num_chunks=CODEC.num_chunks
+def after_rounds(step: Callable[[list[Tensor], list[Tensor], int], None]) -> list[Tensor]:
+    """Theta after some rounds of fixed means."""
+    theta = draw(0)
+    for round in range(ROUNDS):
+        step(theta, draw(1 + round), round)
+    return theta
+
+
+def assert_close(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
+
+
+def torch_optimizer(kind: type[torch.optim.Optimizer], theta: list[Tensor], groups: bool, **kwargs: object):  # type: ignore[no-untyped-def]
+    """An optimizer of torch's for these tensors; with `groups`, vectors do not decay."""
+    for tensor in theta:
+        tensor.requires_grad_(True)
+    if not groups:
+        return kind(theta, **kwargs)  # type: ignore[call-arg]
+    vectors = {"params": [p for p in theta if p.ndim < 2], "weight_decay": 0.0}
+    return kind([{"params": [p for p in theta if p.ndim >= 2]}, vectors], **kwargs)  # type: ignore[call-arg]
+
+
+def test_sparseloco_subtracts_the_mean_times_alpha() -> None:
+    """theta - alpha * mean, in place."""
+    strategy = made("sparseloco", strategy__outer_lr=0.5)
+    theta = draw(0)
+    strategy.step(theta, draw(1), 0)
+    assert_close(theta, [a - 0.5 * b for a, b in zip(draw(0), draw(1), strict=True)])
+
+
+def test_diloco_is_nesterov_on_the_mean_delta() -> None:
+    """Torch's own SGD with Nesterov momentum takes the same steps (arXiv 2311.08105, algorithm 1)."""
+    reference = draw(0)
+    optimizer = torch_optimizer(torch.optim.SGD, reference, False, lr=0.7, momentum=0.9, nesterov=True)
+    for round in range(ROUNDS):
+        for tensor, mean in zip(reference, draw(1 + round), strict=True):
+            tensor.grad = mean
+        optimizer.step()
+    assert_close(after_rounds(made("diloco").step), [tensor.detach() for tensor in reference])
+
+
+def test_ddp_is_adamw_on_the_clipped_mean_gradient() -> None:
+    """Torch's own AdamW with the same schedule, decay and clipping takes the same steps."""
+    train = manifest("ddp").train
+    reference = draw(0)
+    betas = (train.beta1, train.beta2)
+    optimizer = torch_optimizer(
+        torch.optim.AdamW, reference, True, betas=betas, weight_decay=train.weight_decay
     )
+    for round in range(ROUNDS):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(train, round)
+        for tensor, mean in zip(reference, draw(1 + round), strict=True):
+            tensor.grad = mean
+        torch.nn.utils.clip_grad_norm_(reference, train.clip)
+        optimizer.step()
+    assert_close(after_rounds(made("ddp").step), [tensor.detach() for tensor in reference])
 
 
-def close(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a, b, strict=True))
+def test_demo_moves_every_weight_by_the_sign_of_the_mean() -> None:
+    """theta <- theta - lr * sign(mean), matrices decayed before it (arXiv 2411.19870, algorithm 1)."""
+    train = manifest("demo").train
+
+    def step(theta: list[Tensor], mean: list[Tensor], round: int) -> None:
+        lr = 0.1 * learning_rate(train, round)
+        for index, (outer, moved) in enumerate(zip(theta, mean, strict=True)):
+            decay = train.weight_decay if outer.ndim >= 2 else 0.0
+            theta[index] = outer - lr * decay * outer - lr * torch.sign(moved)
+
+    assert_close(after_rounds(made("demo").step), after_rounds(step))
 
 
-def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [x - y for x, y in zip(a, b, strict=True)]
-
-
-def drained(strategy: SparseLoco, theta: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Everything the strategy still owes: its feedback, sent round after round with no new training until it
-    is gone.
-    """
-    total = [torch.zeros_like(tensor) for tensor in theta]
-    for round in range(1, 60):
-        payload = strategy.encode(theta, theta, round)
-        for have, more in zip(total, CODEC.decode([aggregate([payload], round)]), strict=True):
-            have += more
-    return total
-
-
-def undecayed() -> SparseLoco:
-    return SparseLoco(replace(MANIFEST, strategy=replace(MANIFEST.strategy, feedback_decay=1.0)), CODEC)
-
-
-def test_what_a_payload_leaves_out_comes_later() -> None:
-    """With no decay, the payloads of later rounds bring the whole delta in the end."""
-    theta, local = draw(1), draw(2)
-    strategy = undecayed()
-    sent = CODEC.decode([aggregate([strategy.encode(theta, local, 0)], 0)])
-    assert not close(sent, difference(theta, local))
-    late = drained(strategy, theta)
-    assert close([a + b for a, b in zip(sent, late, strict=True)], difference(theta, local))
-
-
-def test_an_undelivered_payload_is_not_lost() -> None:
-    """Given back, a payload leaves the feedback as if it had never been made."""
-    theta, local = draw(1), draw(2)
-    strategy = undecayed()
-    payload = strategy.encode(theta, local, 0)
-    strategy.give_back(payload, [(0, CODEC.num_chunks)])
-    assert close(drained(strategy, theta), difference(theta, local))
-
-
-def test_an_undelivered_span_is_not_lost() -> None:
-    """What one span of a payload held comes back; what the others held does not come twice."""
-    theta, local = draw(1), draw(2)
-    strategy = undecayed()
-    payload = strategy.encode(theta, local, 0)
-    first, second = CODEC.spans([1.0, 1.0])
-    strategy.give_back(payload, [first])
-    cut = CODEC.cut(payload, *second)
-    place = {"first_chunk": second[0], "num_chunks": second[1]}
-    delivered = CODEC.decode([CODEC.reduce([(0, 1.0, cut)], run=MANIFEST.run_tag, round=0, **place)])
-    late = drained(strategy, theta)
-    assert close([a + b for a, b in zip(delivered, late, strict=True)], difference(theta, local))
-
-
-def test_a_delta_that_never_became_a_payload_is_not_lost() -> None:
-    """Training that was stopped half way goes into the feedback, on top of what is there."""
-    theta, local = draw(1), draw(2)
-    strategy = undecayed()
-    strategy.absorb(difference(theta, local))
-    strategy.absorb(draw(3))
-    expected = [a + b for a, b in zip(difference(theta, local), draw(3), strict=True)]
-    assert close(drained(strategy, theta), expected)
-
-
-def test_the_outer_step_is_the_weighted_mean_times_alpha() -> None:
-    """theta - alpha * sum(w q) / sum(w), in place."""
-    manifest = replace(MANIFEST, strategy=replace(MANIFEST.strategy, outer_lr=0.5))
-    strategy = SparseLoco(manifest, CODEC)
-    payloads = [SparseLoco(manifest, CODEC).encode(draw(1), draw(seed), 0) for seed in (2, 3)]
-    agreed = aggregate(payloads, 0)
-    theta, before = draw(1), draw(1)
-    strategy.apply(theta, [agreed])
-    mean = CODEC.decode([agreed])
-    assert close(theta, [a - 0.5 * b for a, b in zip(before, mean, strict=True)])
-
-
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_equal_aggregates_give_bit_equal_thetas_for_any_number_of_threads(num_threads: int) -> None:
-    """One theta: decode and outer step do not depend on the machine's threads."""
-    payloads = [SparseLoco(MANIFEST, CODEC).encode(draw(1), draw(seed), 0) for seed in (2, 3, 4)]
-    agreed, threads = aggregate(payloads, 0), torch.get_num_threads()
-    results = []
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_equal_means_give_bit_equal_thetas_for_any_number_of_threads(name: str) -> None:
+    """One theta: the outer step does not depend on the machine's threads."""
+    threads, results = torch.get_num_threads(), []
+    shapes = [("matrix", (512, 512))]
     try:
-        for count in (1, num_threads):
+        for count in (1, 3):
             torch.set_num_threads(count)
-            theta = draw(1)
-            SparseLoco(MANIFEST, CODEC).apply(theta, [agreed])
-            results.append(theta)
+            strategy = make_strategy(manifest(name), shapes)
+            theta = [torch.randn(512, 512, generator=torch.Generator().manual_seed(0))]
+            for round in range(3):
+                mean = torch.randn(512, 512, generator=torch.Generator().manual_seed(1 + round))
+                strategy.step(theta, [mean], round)
+            results.append([*theta, *strategy.shared_state().values()])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_missing_span_changes_nothing_there() -> None:
-    """A span that nobody could get leaves theta as it was, for every member alike."""
-    theta = draw(1)
-    SparseLoco(MANIFEST, CODEC).apply(theta, [])
-    assert all(torch.equal(a, b) for a, b in zip(theta, draw(1), strict=True))
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_newcomer_takes_the_same_steps(name: str) -> None:
+    """Theta and the shared state are all that an outer step needs."""
+    old, new = made(name), made(name)
+    theta = draw(0)
+    for round in range(3):
+        old.step(theta, draw(1 + round), round)
+    copied = [tensor.clone() for tensor in theta]
+    new.load_shared_state({name: tensor.clone() for name, tensor in old.shared_state().items()})
+    for round in range(3, 6):
+        old.step(theta, draw(1 + round), round)
+        new.step(copied, draw(1 + round), round)
+    assert all(torch.equal(a, b) for a, b in zip(theta, copied, strict=True))
 
 
-def test_the_state_goes_through_a_checkpoint() -> None:
-    """A resumed worker sends what the other would have sent."""
-    theta, local = draw(1), draw(2)
-    strategy, resumed = SparseLoco(MANIFEST, CODEC), SparseLoco(MANIFEST, CODEC)
-    strategy.encode(theta, local, 0)
-    resumed.load_state_dict({name: tensor.clone() for name, tensor in strategy.state_dict().items()})
-    assert resumed.encode(theta, local, 1) == strategy.encode(theta, local, 1)
-    assert strategy.shared_state() == {}
-
-
-@pytest.mark.parametrize("tensors", [{}, {"feedback": torch.zeros(3)}])
-def test_a_state_that_does_not_fit_is_refused(tensors: dict[str, torch.Tensor]) -> None:
-    """Feedback of another model is an error, not noise in the next round."""
-    with pytest.raises(RunError, match="error feedback does not fit"):
-        SparseLoco(MANIFEST, CODEC).load_state_dict(tensors)
-
-
-def test_a_diverged_worker_sends_nothing() -> None:
-    """NaN is refused by name of its tensor, and the feedback stays clean."""
-    strategy = SparseLoco(MANIFEST, CODEC)
-    local = draw(2)
-    local[1][5] = float("nan")
-    with pytest.raises(CompressionError, match="vector"):
-        strategy.encode(draw(1), local, 0)
-    assert torch.equal(strategy.state_dict()["feedback"], CODEC.error_feedback())
+@pytest.mark.parametrize("name", ["diloco", "ddp"])
+@pytest.mark.parametrize("damage", ["missing", "short", "double"])
+def test_a_shared_state_that_does_not_fit_is_refused(name: str, damage: str) -> None:
+    """A donor's momentum of another run is an error, and changes nothing."""
+    strategy, donor = made(name), made(name)
+    donor.step(draw(0), draw(1), 0)
+    tensors = dict(donor.shared_state())
+    last = sorted(tensors)[-1]
+    if damage == "missing":
+        del tensors[last]
+    else:
+        tensors[last] = tensors[last][:-1] if damage == "short" else tensors[last].double()
+    with pytest.raises(RunError, match=last):
+        strategy.load_shared_state(tensors)
+    assert not any(bool(tensor.any()) for tensor in strategy.shared_state().values())
 
 
 def test_an_unknown_strategy_lists_the_choices() -> None:
-    """The line says what could have been typed."""
-    manifest = replace(MANIFEST, strategy=replace(MANIFEST.strategy, name="fedavg"))
-    with pytest.raises(UsageError, match="'fedavg': choose one of sparseloco"):
-        make_strategy(manifest, CODEC)
+    """The line says what could have been typed, when the manifest is made and when it is used."""
+    with pytest.raises(UsageError, match="'fedavg': choose one of sparseloco, diloco, demo, ddp"):
+        manifest("fedavg")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("sparseloco", "strategy.outer_momentum", 0.9),
+        ("ddp", "strategy.outer_momentum", 0.9),
+        ("ddp", "train.optimizer", "muon"),
+        ("demo", "train.optimizer", "muon"),
+    ],
+)
+def test_a_setting_that_the_strategy_has_no_use_for_is_refused(
+    name: str, setting: str, value: object
+) -> None:
+    """Nobody believes that a setting did something which it did not."""
+    with pytest.raises(UsageError, match=setting):
+        made(name, **{setting.replace(".", "__"): value})
+
+
+def test_a_strategy_changes_the_preset_and_the_user_changes_the_strategy() -> None:
+    """Preset, then the strategy's own defaults, then what was typed."""
+    assert manifest("sparseloco") == preset_manifest("test")
+    ddp = manifest("ddp")
+    assert (ddp.train.inner_steps, ddp.codec.kind, ddp.codec.dense_bits) == (1, "dense", 32)
+    typed = manifest("diloco", codec__dense_bits=8, strategy__outer_lr=0.5)
+    assert (typed.codec.kind, typed.codec.dense_bits, typed.strategy.outer_lr) == ("dense", 8, 0.5)
+    assert typed.train.inner_steps == preset_manifest("test").train.inner_steps

@@ -174,15 +174,15 @@ def test_what_was_not_delivered_is_in_the_error_feedback(overlap: str, tmp_path:
 
 
 def record_deltas(worker: Worker, produced: dict[str, torch.Tensor]) -> None:
-    """Sum up every delta that a worker puts into its strategy."""
-    encode = worker.strategy.encode
+    """Sum up every delta that a worker puts into its error feedback."""
+    encode = worker.feedback.encode
 
-    def recording(theta: Any, local: Any, round: int) -> bytes:
-        delta = torch.cat([(outer - inner).flatten() for outer, inner in zip(theta, local)])
+    def recording(contribution: Any, round: int) -> bytes:
+        delta = torch.cat([tensor.flatten() for tensor in contribution])
         produced[worker.report.name] = produced.get(worker.report.name, torch.zeros_like(delta)) + delta
-        return encode(theta, local, round)
+        return encode(contribution, round)
 
-    worker.strategy.encode = recording  # type: ignore[method-assign]
+    worker.feedback.encode = recording  # type: ignore[method-assign]
 
 
 def dense_feedback(worker: Worker) -> torch.Tensor:
@@ -191,7 +191,7 @@ def dense_feedback(worker: Worker) -> torch.Tensor:
     whole = Codec(replace(codec.spec, k=codec.spec.chunk, value_bits=16, dense_bits=32), codec.shapes)
     payload = whole.encode(
         [torch.zeros(shape) for _, shape in codec.shapes],
-        worker.strategy.state_dict()["feedback"].clone(),
+        worker.feedback.state_dict()["feedback"].clone(),
         decay=1.0,
         run=bytes(8),
         round=0,
