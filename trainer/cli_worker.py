@@ -59,9 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--name", help="shown to the others (default: worker-1, worker-2, ...)")
     machine.add_argument("--folder", type=Path, help="where checkpoints go (default: ./dtrain-runs/RUN/NAME)")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    machine.add_argument(
-        "--threads", type=int, default=0, help="CPU threads for training; 0 = all cores but one"
-    )
+    machine.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = all cores but one")
     machine.add_argument(
         "--data", type=Path, help="text file to train on (default: Python's own library sources)"
     )
