@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 
 from dtrain.compression.errors import PayloadError
-from dtrain.compression.kernels import cpu_dct
 from dtrain.compression.kernels.cpu_decode import build_check_and_add, build_decode
 from dtrain.compression.kernels.cpu_encode import build_write
 from dtrain.compression.kernels.cpu_read import REASONS
@@ -152,11 +151,10 @@ class CpuKernel:
         weights = np.asarray([weight for weight, _ in sections], np.float32)
         addresses = addresses_of(layout, outputs, 0, layout.num_sparse)
         source = data, sizes, bounds, whole.first_group, weights
-        target = addresses, cpu_dct.half_secants(), cpu_dct.norms()
 
         def decode(first: int, end: int) -> None:
             bad = np.zeros(1, np.int64)
-            _refuse(loops(transform).decode(_plan(fmt), first, end, *source, *target, bad), bad)
+            _refuse(loops(transform).decode(_plan(fmt), first, end, *source, addresses, bad), bad)
 
         _run(layout, whole.first_group, whole.end_group, decode)
 
@@ -172,9 +170,8 @@ def _write(
     decay: float, transform: str,
 ) -> bytes:  # fmt: skip
     out = np.empty(int(fmt.group_bounds[first:end].sum()) + 2 * PAD, np.uint8)
-    constants = cpu_dct.half_secants(), cpu_dct.norms()
     target = values.numpy(), base, np.float32(decay), num_lanes(fmt.k), out, lengths
-    used = loops(transform).write(_plan(fmt), first, end, addresses, *constants, *target)
+    used = loops(transform).write(_plan(fmt), first, end, addresses, *target)
     return out[:used].tobytes()
 
 

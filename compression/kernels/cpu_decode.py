@@ -120,7 +120,7 @@ def build_decode(sources: str, use_dct: bool) -> Callable[..., int]:
     @jit_on_disk
     def decode(
         plan: Any, first_group: int, end_group: int, data_addresses: Any, data_sizes: Any, bounds: Any,
-        section_group: int, weights: Any, addresses: Any, secants: Any, norm: Any, bad: Any,
+        section_group: int, weights: Any, addresses: Any, bad: Any,
     ) -> int:  # fmt: skip
         """Write the weighted sum of several sections' groups to the chunks' `addresses`; else as `check`.
 
@@ -163,7 +163,7 @@ def build_decode(sources: str, use_dct: bool) -> Callable[..., int]:
                     )  # fmt: skip
                 first += plan.kept[c]
                 if use_dct and size == 4096:
-                    cpu_dct.inverse(sums[:4096].reshape(64, 64), result, secants, norm)
+                    cpu_dct.inverse(sums[:4096].reshape(64, 64), result)
                     _store(result.ravel(), addresses[c], plan.stride[c], size)
                 else:
                     _store(sums, addresses[c], plan.stride[c], size)

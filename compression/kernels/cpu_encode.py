@@ -84,7 +84,7 @@ def build_write(sources: str, use_dct: bool) -> Callable[..., int]:
 
     @jit_on_disk
     def write(
-        plan: Any, first_group: int, end_group: int, addresses: Any, secants: Any, norm: Any, values: Any,
+        plan: Any, first_group: int, end_group: int, addresses: Any, values: Any,
         base: int, decay: Any, num_lanes: int, out: Any, lengths: Any,
     ) -> int:  # fmt: skip
         """Fold (unless `addresses` is empty), select and write groups one after another into `out`.
@@ -126,7 +126,7 @@ def build_write(sources: str, use_dct: bool) -> Callable[..., int]:
                         following, apart = addresses[c + 1 - source_chunk], plan.stride[c + 1]
                     if use_dct and len(chunk) == 4096:
                         cpu_dct.load(source, stride, block, following, apart)
-                        cpu_dct.forward(block, coefficients, secants, norm)
+                        cpu_dct.forward(block, coefficients)
                         fold(chunk, coefficients.ravel(), 64, decay, lane_max, 0, 0)
                     else:
                         fold(chunk, source, stride, decay, lane_max, following, apart)

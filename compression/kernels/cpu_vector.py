@@ -18,20 +18,20 @@ WORD = 64  # elements per call of mask_at_least
 _F32, _I32 = ir.FloatType(), ir.IntType(32)
 
 
-def _pointer(
+def vector_pointer(
     context: Any, builder: Any, array_type: Any, array: Any, index: Any, vector: ir.VectorType
 ) -> Any:
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
 
 
-def _load(builder: Any, pointer: Any) -> Any:
+def load_vector(builder: Any, pointer: Any) -> Any:
     value = builder.load(pointer)
     value.align = 4
     return value
 
 
-def _store(builder: Any, value: Any, pointer: Any) -> None:
+def store_vector(builder: Any, value: Any, pointer: Any) -> None:
     builder.store(value, pointer).align = 4
 
 
@@ -47,8 +47,10 @@ def _magnitudes(builder: Any, floats: Any, count: int) -> Any:
 
 
 def _raise_lanes(builder: Any, pointer: Any, magnitudes: Any) -> None:
-    lanes = _load(builder, pointer)
-    _store(builder, builder.select(builder.icmp_signed(">", magnitudes, lanes), magnitudes, lanes), pointer)
+    lanes = load_vector(builder, pointer)
+    store_vector(
+        builder, builder.select(builder.icmp_signed(">", magnitudes, lanes), magnitudes, lanes), pointer
+    )
 
 
 @machine_code
@@ -59,12 +61,12 @@ def fold_step(_context: Any, values: Any, i: Any, source: Any, j: Any, lanes: An
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         floats, ints = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
         kinds = signature.args
-        value = _pointer(context, builder, kinds[0], arguments[0], arguments[1], floats)
-        source = _pointer(context, builder, kinds[2], arguments[2], arguments[3], floats)
-        lanes = _pointer(context, builder, kinds[4], arguments[4], arguments[5], ints)
-        scaled = builder.fmul(_load(builder, value), _splat(builder, arguments[6], floats))
-        folded = builder.fadd(scaled, _load(builder, source))
-        _store(builder, folded, value)
+        value = vector_pointer(context, builder, kinds[0], arguments[0], arguments[1], floats)
+        source = vector_pointer(context, builder, kinds[2], arguments[2], arguments[3], floats)
+        lanes = vector_pointer(context, builder, kinds[4], arguments[4], arguments[5], ints)
+        scaled = builder.fmul(load_vector(builder, value), _splat(builder, arguments[6], floats))
+        folded = builder.fadd(scaled, load_vector(builder, source))
+        store_vector(builder, folded, value)
         _raise_lanes(builder, lanes, _magnitudes(builder, folded, LANES))
         return context.get_dummy_value()
 
@@ -79,9 +81,9 @@ def scan_step(_context: Any, values: Any, i: Any, lanes: Any, k: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         floats, ints = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
-        value = _pointer(context, builder, signature.args[0], arguments[0], arguments[1], floats)
-        lanes = _pointer(context, builder, signature.args[2], arguments[2], arguments[3], ints)
-        _raise_lanes(builder, lanes, _magnitudes(builder, _load(builder, value), LANES))
+        value = vector_pointer(context, builder, signature.args[0], arguments[0], arguments[1], floats)
+        lanes = vector_pointer(context, builder, signature.args[2], arguments[2], arguments[3], ints)
+        _raise_lanes(builder, lanes, _magnitudes(builder, load_vector(builder, value), LANES))
         return context.get_dummy_value()
 
     return signature, generate
@@ -94,8 +96,8 @@ def mask_at_least(_context: Any, values: Any, i: Any, cut: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         floats, ints = ir.VectorType(_F32, WORD), ir.VectorType(_I32, WORD)
-        pointer = _pointer(context, builder, signature.args[0], arguments[0], arguments[1], floats)
-        magnitudes = _magnitudes(builder, _load(builder, pointer), WORD)
+        pointer = vector_pointer(context, builder, signature.args[0], arguments[0], arguments[1], floats)
+        magnitudes = _magnitudes(builder, load_vector(builder, pointer), WORD)
         above = builder.icmp_signed(">=", magnitudes, _splat(builder, arguments[2], ints))
         return builder.bitcast(above, ir.IntType(64))
 
@@ -115,8 +117,8 @@ def spread_fields(_context: Any, word: Any, width: Any, out: Any, i: Any) -> Any
         ones = builder.shl(ir.Constant(ir.IntType(64), 1), width)
         mask = _splat(builder, builder.sub(ones, ir.Constant(ir.IntType(64), 1)), wide)
         fields = builder.and_(builder.lshr(_splat(builder, word, wide), shifts), mask)
-        pointer = _pointer(context, builder, signature.args[2], out, i, ints)
-        _store(builder, builder.trunc(fields, ints), pointer)
+        pointer = vector_pointer(context, builder, signature.args[2], out, i, ints)
+        store_vector(builder, builder.trunc(fields, ints), pointer)
         return context.get_dummy_value()
 
     del word, width
@@ -132,7 +134,7 @@ def join_fields(_context: Any, values: Any, i: Any, width: Any) -> Any:
         wide, ints, count = ir.VectorType(ir.IntType(64), 8), ir.VectorType(_I32, 8), 8
         values, i, width = arguments
         loaded = builder.zext(
-            _load(builder, _pointer(context, builder, signature.args[0], values, i, ints)), wide
+            load_vector(builder, vector_pointer(context, builder, signature.args[0], values, i, ints)), wide
         )
         ones = builder.shl(ir.Constant(ir.IntType(64), 1), width)
         mask = _splat(builder, builder.sub(ones, ir.Constant(ir.IntType(64), 1)), wide)
@@ -155,8 +157,8 @@ def clear_row(_context: Any, values: Any, i: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         floats = ir.VectorType(_F32, WORD)
-        pointer = _pointer(context, builder, signature.args[0], arguments[0], arguments[1], floats)
-        _store(builder, ir.Constant(floats, [0.0] * WORD), pointer)
+        pointer = vector_pointer(context, builder, signature.args[0], arguments[0], arguments[1], floats)
+        store_vector(builder, ir.Constant(floats, [0.0] * WORD), pointer)
         return context.get_dummy_value()
 
     return signature, generate
@@ -172,12 +174,12 @@ def stream_row(_context: Any, values: Any, i: Any, address: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         floats = ir.VectorType(_F32, 8)
-        source = _pointer(context, builder, signature.args[0], arguments[0], arguments[1], floats)
+        source = vector_pointer(context, builder, signature.args[0], arguments[0], arguments[1], floats)
         target = builder.inttoptr(arguments[2], floats.as_pointer())
         hint = builder.module.add_metadata([ir.Constant(_I32, 1)])
         for step in range(WORD // 8):
             at = [ir.Constant(_I32, step)]
-            store = builder.store(_load(builder, builder.gep(source, at)), builder.gep(target, at))
+            store = builder.store(load_vector(builder, builder.gep(source, at)), builder.gep(target, at))
             store.align = 32
             store.set_metadata("nontemporal", hint)
         return context.get_dummy_value()
