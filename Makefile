@@ -13,7 +13,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_JOBS ?= 2
 
-.PHONY: setup demo test check chaos soak nat-test clean
+.PHONY: setup demo test check chaos fuzz soak nat-test clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,10 @@ check: setup
 # Every planned fault at every named point of a round, about 15 minutes.
 chaos: setup
 	$(BIN)/pytest tests/test_chaos.py -m "slow or not slow" $(TEST_ARGS)
+
+# 40,000 spoiled payloads and aggregates into every reader of the codec, a few minutes.
+fuzz: setup
+	$(BIN)/pytest tests/test_fuzz.py -m slow $(TEST_ARGS)
 
 # 300 fault-free rounds of four workers, about 10 minutes.
 soak: setup

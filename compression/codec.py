@@ -159,7 +159,7 @@ class Codec:
             parts = [head, *(payload for _, _, payload in ordered)]
             return wire.seal(wire.UNION, self._id, run, round, place, parts, len(ordered))
         check_flat(f"residual of chunks {place}", residual, self._numel(*place))
-        opened = [self._open(payload)[1] for _, _, payload in ordered]
+        opened = [self._open(payload, place)[1] for _, _, payload in ordered]
         for weight, section in zip(agg.normalized(contributors), opened, strict=True):
             self._add(self.payload_format, section, weight, residual)
         first_group, end_group, first_dense, end_dense = self.layout.split(*place)
@@ -206,6 +206,8 @@ class Codec:
         covered: list[tuple[int, int]] = []
         for data in aggregates:
             head, body = wire.open_header(data, _AGGREGATES, checksum=False)
+            self._match(head, head.run, head.round, (head.first_chunk, head.num_chunks))
+            agg.check_range(self.layout, head.first_chunk, head.num_chunks)
             agg.check_disjoint(covered, head.first_chunk, head.num_chunks)
             contributors, rest = wire.unpack_contributors(head, body)
             if head.kind == wire.RECOMPRESSED:
@@ -213,7 +215,9 @@ class Codec:
                 weighted = [(1.0, fmt.parse(rest, head.first_chunk, head.num_chunks))]
             else:
                 fmt = self.payload_format
-                opened = [self._open(section)[1] for section in agg.split_union(rest, len(contributors))]
+                sections = agg.split_union(rest, len(contributors))
+                place = head.first_chunk, head.num_chunks
+                opened = [self._open(section, place)[1] for section in sections]
                 weighted = list(zip(agg.normalized(contributors), opened, strict=True))
             if weighted[0][1].first_group < weighted[0][1].end_group:
                 self._kernel_for(tensors[0]).decode(fmt, weighted, tensors, self.spec.transform)
@@ -234,9 +238,11 @@ class Codec:
         """Where the groups of a checked payload are, for those who want to look inside."""
         return self._open(payload)[1]
 
-    def _open(self, payload: bytes | memoryview) -> tuple[wire.Header, Section]:
+    def _open(
+        self, payload: bytes | memoryview, place: tuple[int, int] | None = None
+    ) -> tuple[wire.Header, Section]:
         head, body = wire.open_header(payload, (wire.PAYLOAD,), checksum=False)
-        self._match(head, head.run, head.round, (head.first_chunk, head.num_chunks))
+        self._match(head, head.run, head.round, place or (head.first_chunk, head.num_chunks))
         agg.check_range(self.layout, head.first_chunk, head.num_chunks)
         return head, self.payload_format.parse(body, head.first_chunk, head.num_chunks)
 
