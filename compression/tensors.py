@@ -29,8 +29,13 @@ def check_sources(layout: Layout, tensors: Sequence[torch.Tensor]) -> None:
     for (name, _), tensor in zip(layout.shapes, tensors, strict=True):
         if not tensor.is_floating_point():
             raise CompressionError(f"tensor {name!r} is {tensor.dtype}, expected a float type")
-        # A sum is finite only if every term is; it may overflow without a culprit, so look again before refusing.
-        if not math.isfinite(float(tensor.sum(dtype=torch.float32))) and not bool(tensor.isfinite().all()):
+    if not tensors:
+        return
+    # All sums at once: on a GPU, looking at each would wait for it. A sum is finite only if every term is; it may
+    # overflow without a culprit, so look again before refusing.
+    sums = torch.stack([tensor.detach().sum(dtype=torch.float32) for tensor in tensors]).tolist()
+    for (name, _), tensor, total in zip(layout.shapes, tensors, sums, strict=True):
+        if not math.isfinite(total) and not bool(tensor.isfinite().all()):
             raise CompressionError(f"tensor {name!r} holds NaN or infinity; nothing was encoded")
 
 

@@ -10,7 +10,10 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the programs are defined
 pytest.importorskip("triton")
 
+from dtrain.compression import wire
 from dtrain.compression.codec import Codec
+from dtrain.compression.errors import PayloadError
+from dtrain.compression.kernels import cuda
 from dtrain.compression.kernels.cuda import CudaKernel
 from dtrain.compression.kernels.reference import ReferenceKernel
 from dtrain.compression.spec import CodecSpec
@@ -47,6 +50,56 @@ def test_triton_equals_the_reference_to_the_bit(k: int, bits: int) -> None:
         payloads.append((seed, 1.0 + seed, one))
     union = plain.reduce(payloads, **place)
     assert all(torch.equal(a, b) for a, b in zip(fast.decode([union]), plain.decode([union]), strict=True))
+
+
+def test_triton_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Group by group instead of all at once: the same bytes, feedback and sums."""
+    codec = Codec(CodecSpec(k=512), SHAPES, kernel=CudaKernel(ReferenceKernel()))
+    place = {"run": RUN, "round": 0, "first_chunk": 0, "num_chunks": codec.num_chunks}
+    found = []
+    for elements in (1 << 27, 1 << 12):
+        monkeypatch.setattr(cuda, "PART_ELEMENTS", elements)
+        feedback = codec.error_feedback()
+        payload = codec.encode(make(1), feedback, decay=1.0, run=RUN, round=0)
+        found.append((payload, feedback, *codec.decode([codec.reduce([(0, 1.0, payload)], **place)])))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:], strict=True))
+
+
+def test_triton_refuses_what_the_reference_refuses() -> None:
+    """Spoiled groups that nobody checked before: the same named reason, or the same values."""
+    shapes = [("matrix", (64, 64)), ("run", (4200,))]
+    fast, plain = (
+        Codec(CodecSpec(k=40, value_bits=4), shapes, kernel=kernel)
+        for kernel in (CudaKernel(ReferenceKernel()), ReferenceKernel())
+    )
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator) for _, shape in shapes]
+    payload = plain.encode(tensors, plain.error_feedback(), decay=1.0, run=RUN, round=0)
+    place = {"run": RUN, "round": 0, "first_chunk": 0, "num_chunks": plain.num_chunks}
+    reasons = set()
+    for i in range(24):
+        data = bytearray(payload)
+        at = int(torch.randint(wire.HEADER_BYTES + 2, len(data), (), generator=generator))
+        data[at if i % 3 else wire.HEADER_BYTES + 2 + i // 12] ^= 1 << (i % 8)
+        union = plain.reduce([(0, 1.0, bytes(data))], **place)
+        found = [decoded(codec, union) for codec in (fast, plain)]
+        if isinstance(found[1], str) and found[1] == "bad-padding":
+            continue  # bits that no value is read from are left to the check
+        assert isinstance(found[0], str) == isinstance(found[1], str)
+        if isinstance(found[0], str):
+            assert found[0] == found[1]
+            reasons.add(found[0])
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert {"bad-scale", "bad-rice", "bad-length", "index-out-of-range"} <= reasons
+
+
+def decoded(codec: Codec, union: bytes) -> list[torch.Tensor] | str:
+    try:
+        return codec.decode([union])
+    except PayloadError as error:
+        return error.reason
 
 
 def test_triton_reads_half_precision_sources() -> None:

@@ -1,25 +1,60 @@
-"""The codec's heavy work on a CUDA GPU: Triton for what touches every parameter, the host for packing bits.
+"""The codec's heavy work on a CUDA GPU, in Triton, bit packing included: only finished bytes cross to the host.
 
-Tensors, error feedback and outputs are on the GPU. Only kept coefficients cross to the host, where the groups are
-packed and unpacked. Reducers, which hold their residuals on the host, use the host's kernel.
+Tensors, error feedback and outputs are on the GPU. Work goes part by part, so that what lies between two programs
+stays small. Reducers, which hold their residuals on the host, use the host's kernel.
 """
 
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from dtrain.compression import dct, group, levels
+from dtrain.compression import dct, levels
 from dtrain.compression.kernels.base import Kernel
+from dtrain.compression.kernels.cuda_groups import pack_groups, unpack_groups
 from dtrain.compression.kernels.cuda_triton import decode_chunks, encode_chunks
 from dtrain.compression.layout import Layout
 from dtrain.compression.section import Section, SectionFormat
 
 Ints = npt.NDArray[np.int64]
+
+PART_ELEMENTS = 1 << 27  # at most; at k = 64 the arrays between two programs then take 100 MB
+BLOCK = 1024  # coefficients, bytes or bits that a program packs or unpacks at a time
+
+
+class Plan(NamedTuple):
+    """Layout and format on a GPU, int64, made once: a copy from the host costs more than a launch.
+
+    By chunk: starts, strides, sizes, offsets, kept; kept_before [chunks + 1]; edges [groups + 1]; slots [groups + 1]:
+    offsets of room for every group's longest bytes; matrix: DCT-II [64, 64].
+    """
+
+    starts: Tensor
+    strides: Tensor
+    sizes: Tensor
+    offsets: Tensor
+    kept: Tensor
+    kept_before: Tensor
+    edges: Tensor
+    slots: Tensor
+    matrix: Tensor
+
+
+class Selected(NamedTuple):
+    """What `encode_chunks` found in a part: positions, picked, codes [coefficients]; scale_bits, ratios [chunks]."""
+
+    positions: Tensor
+    picked: Tensor
+    codes: Tensor
+    scale_bits: Tensor
+    ratios: Tensor
 
 
 class CudaKernel:
@@ -30,6 +65,9 @@ class CudaKernel:
     def __init__(self, host: Kernel) -> None:
         """`host`: the kernel that does what reducers need."""
         self._host = host
+        self._plans: weakref.WeakKeyDictionary[SectionFormat, dict[torch.device, Plan]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def encode(
         self,
@@ -40,26 +78,17 @@ class CudaKernel:
         transform: str,
     ) -> tuple[Ints, list[bytes]]:
         """As `Kernel.encode`; `feedback` and `tensors` on one GPU."""
-        layout, device = fmt.layout, feedback.device
-        total, chunks = int(fmt.kept_before[-1]), layout.num_sparse
-        positions = torch.empty(total, dtype=torch.int32, device=device)
-        codes, picked = torch.empty_like(positions), torch.empty(total, device=device)
-        scale_bits = torch.empty(chunks, dtype=torch.int32, device=device)
-        ratios, matrix = torch.empty_like(scale_bits), dct.matrix().to(device)
-        for index, first, end in _tensor_ranges(layout):
-            source = tensors[index].detach().contiguous()
-            arrays = _on(device, layout, fmt, first, end)
-            encode_chunks[(end - first,)](
-                source, feedback, *arrays, matrix, decay, positions, picked, codes, scale_bits[first:], ratios[first:],
-                SIZE=_power(layout.chunk), LANES=min(_lanes(fmt.k), _power(layout.chunk)), BITS=fmt.value_bits,
-                DCT=transform == "dct", MAX_SCALE=(levels.MAX_EXPONENT << 4) | 15, enable_fp_fusion=False,
-            )  # fmt: skip
-        exponents, scale_codes = _group_scales(fmt, scale_bits.cpu().numpy().astype(np.int64))
-        host = codes.cpu().numpy().astype(np.int64), ratios.cpu().numpy()
-        lost = np.flatnonzero(scale_codes == 0)
-        if len(lost):
-            _restore(fmt, lost, feedback, positions, picked, *host)
-        return _pack(fmt, positions.cpu().numpy().astype(np.int64), *host, exponents, scale_codes)
+        plan, lengths, written = self._plan(fmt, feedback.device), [np.zeros(0, np.int64)], []
+        for first, end in _parts(fmt.layout, 0, fmt.layout.num_groups):
+            a, b = int(fmt.layout.group_edges[first]), int(fmt.layout.group_edges[end])
+            found = _select(fmt, plan, tensors, feedback, (a, b), decay, transform == "dct")
+            exponents, scale_codes = _group_scales(fmt.layout, found.scale_bits)
+            if bool((scale_codes == 0).any()):
+                _restore(fmt, plan, scale_codes == 0, feedback, found, a, b)
+            part_lengths, data = _pack(fmt, plan, found, exponents, scale_codes, first, end)
+            lengths.append(part_lengths)
+            written.append(data)
+        return np.concatenate(lengths), written
 
     def compress(
         self, fmt: SectionFormat, values: torch.Tensor, first_group: int, end_group: int
@@ -87,38 +116,43 @@ class CudaKernel:
     ) -> None:
         """As `Kernel.decode`; `outputs` on one GPU."""
         layout, whole = fmt.layout, sections[0][1]
-        begin, stop = int(layout.group_edges[whole.first_group]), int(layout.group_edges[whole.end_group])
-        device = outputs[int(layout.tensor[begin])].device
-        base = int(fmt.kept_before[begin])
-        positions, codes, scales, ratios = (
-            torch.from_numpy(np.stack(part)).to(device)
-            for part in zip(*[_unpack(fmt, section) for _, section in sections], strict=True)
+        device = outputs[int(layout.tensor[layout.group_edges[whole.first_group]])].device
+        plan, weights = (
+            self._plan(fmt, device),
+            torch.tensor([weight for weight, _ in sections], device=device),
         )
-        weights = torch.tensor([weight for weight, _ in sections], device=device)
-        matrix, side = dct.matrix().to(device), _power(layout.chunk)
-        for index, first, end in _tensor_ranges(layout, begin, stop):
-            starts, strides, sizes, _, kept, kept_before = _on(device, layout, fmt, first, end)
-            use_dct = transform == "dct"
-            work = torch.empty((end - first) * side if use_dct else 1, device=device)
-            decode_chunks[(end - first,)](
-                outputs[index], starts, strides, sizes, kept, kept_before - base, matrix, positions, codes,
-                scales[:, first - begin :], ratios[:, first - begin :], weights, positions.shape[1], stop - begin,
-                len(sections), work, SIZE=side, KEPT=_power(int(fmt.kept[first:end].max())), BITS=fmt.value_bits,
-                DCT=use_dct, enable_fp_fusion=False,
-            )  # fmt: skip
+        for first, end in _parts(layout, whole.first_group, whole.end_group, len(sections)):
+            a, b = int(layout.group_edges[first]), int(layout.group_edges[end])
+            found, good = _unpack(fmt, plan, [section for _, section in sections], first, end)
+            if not good:
+                for _, section in sections:
+                    self._host.check(fmt, section)  # names what is wrong
+                raise AssertionError("the GPU refused a section that the host finds good")
+            _add_up(fmt, plan, found, weights, outputs, (a, b), transform == "dct")
+
+    def _plan(self, fmt: SectionFormat, device: torch.device) -> Plan:
+        plans = self._plans.setdefault(fmt, {})
+        if device not in plans:
+            layout = fmt.layout
+            slots = np.concatenate([np.zeros(1, np.int64), np.cumsum(fmt.group_bounds)])
+            chunks = layout.start, layout.stride, layout.size, layout.offset, fmt.kept, fmt.kept_before
+            arrays = [torch.from_numpy(array).to(device) for array in (*chunks, layout.group_edges, slots)]
+            plans[device] = Plan._make([*arrays, dct.matrix().to(device)])
+        return plans[device]
 
 
-def _tensor_ranges(layout: Layout, begin: int = 0, stop: int | None = None) -> list[tuple[int, int, int]]:
+def _parts(layout: Layout, first_group: int, end_group: int, copies: int = 1) -> list[tuple[int, int]]:
+    """Divide groups into parts of about PART_ELEMENTS, less for several sections at a time."""
+    step = max(1, PART_ELEMENTS // (layout.group * layout.chunk * copies))
+    edges = [*range(first_group, end_group, step), end_group]
+    return list(itertools.pairwise(edges))
+
+
+def _tensor_ranges(layout: Layout, begin: int, stop: int) -> list[tuple[int, int, int]]:
     """(tensor, first chunk, end chunk) of the sparse chunks begin to stop: one launch each."""
-    ids = layout.tensor[begin : layout.num_sparse if stop is None else stop]
+    ids = layout.tensor[begin:stop]
     edges = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)] if len(ids) else [0]
     return [(int(ids[a]), begin + a, begin + b) for a, b in itertools.pairwise(edges)]
-
-
-def _on(device: torch.device, layout: Layout, fmt: SectionFormat, first: int, end: int) -> list[torch.Tensor]:
-    """Starts, strides, sizes, offsets, kept, kept_before of chunks first to end on a device."""
-    arrays = layout.start, layout.stride, layout.size, layout.offset, fmt.kept, fmt.kept_before
-    return [torch.from_numpy(array[first:end]).to(device) for array in arrays]
 
 
 def _power(n: int) -> int:
@@ -130,54 +164,135 @@ def _lanes(k: int) -> int:
     return max(512, min(4096, _power(8 * k)))
 
 
-def _group_scales(fmt: SectionFormat, bits: Ints) -> tuple[Ints, Ints]:
+def _select(
+    fmt: SectionFormat, plan: Plan, tensors: Sequence[Tensor], feedback: Tensor, chunks: tuple[int, int],
+    decay: float, use_dct: bool,
+) -> Selected:  # fmt: skip
+    """Fold, select and quantize chunks; positions and codes of the first begin at 0."""
+    (a, b), device, layout = chunks, feedback.device, fmt.layout
+    base = int(fmt.kept_before[a])
+    positions = torch.empty(int(fmt.kept_before[b]) - base, dtype=torch.int32, device=device)
+    scale_bits = torch.empty(b - a, dtype=torch.int32, device=device)
+    found = Selected(
+        positions,
+        torch.empty(len(positions), device=device),
+        torch.empty_like(positions),
+        scale_bits,
+        torch.empty_like(scale_bits),
+    )
+    kept_before = plan.kept_before - base
+    for index, first, end in _tensor_ranges(layout, a, b):
+        mine = slice(first, end)
+        encode_chunks[(end - first,)](
+            tensors[index].detach().contiguous(), feedback, plan.starts[mine], plan.strides[mine], plan.sizes[mine],
+            plan.offsets[mine], plan.kept[mine], kept_before[mine], plan.matrix, decay,
+            found.positions, found.picked, found.codes, scale_bits[first - a :], found.ratios[first - a :],
+            SIZE=_power(layout.chunk), LANES=min(_lanes(fmt.k), _power(layout.chunk)), BITS=fmt.value_bits,
+            DCT=use_dct, MAX_SCALE=(levels.MAX_EXPONENT << 4) | 15, enable_fp_fusion=False,
+        )  # fmt: skip
+    return found
+
+
+def _group_scales(layout: Layout, bits: Tensor) -> tuple[Tensor, Tensor]:
     """(exponent of every group, scale code of every chunk) from the chunks' scale bits, as levels.scale_codes."""
-    exponents = np.maximum.reduceat(bits, fmt.layout.group_edges[:-1]) >> 4
-    exponents[exponents < levels.MIN_EXPONENT] = 0
-    spread = np.repeat(exponents, np.diff(fmt.layout.group_edges))
-    return exponents, np.where(spread > 0, np.maximum(bits - ((spread - 15) << 4), 0), 0)
+    num_groups = -(-len(bits) // layout.group)
+    padded = torch.nn.functional.pad(bits, (0, num_groups * layout.group - len(bits)))
+    exponents = padded.view(num_groups, layout.group).amax(1) >> 4
+    exponents = torch.where(exponents < levels.MIN_EXPONENT, 0, exponents)
+    spread = exponents.repeat_interleave(layout.group)[: len(bits)]
+    return exponents, torch.where(spread > 0, (bits - ((spread - 15) << 4)).clamp(min=0), 0)
 
 
 def _restore(
-    fmt: SectionFormat, lost: Ints, feedback: torch.Tensor, positions: torch.Tensor, picked: torch.Tensor,
-    codes: Ints, ratios: npt.NDArray[np.int32],
-) -> None:  # fmt: skip
+    fmt: SectionFormat, plan: Plan, lost: Tensor, feedback: Tensor, found: Selected, a: int, b: int
+) -> None:
     """Chunks whose scale is out of their group's reach send zeros: put what the program subtracted back."""
-    for chunk in lost.tolist():
-        mine = slice(int(fmt.kept_before[chunk]), int(fmt.kept_before[chunk + 1]))
-        feedback[positions[mine].long() + int(fmt.layout.offset[chunk])] = picked[mine]
-        ratios[chunk] = 0
-        if fmt.value_bits > 2:
-            codes[mine] &= 1
+    kept = plan.kept[a:b]
+    of_lost = lost.repeat_interleave(kept)
+    places = found.positions + plan.offsets[a:b].repeat_interleave(kept)
+    feedback[places[of_lost]] = found.picked[of_lost]
+    found.ratios.masked_fill_(lost, 0)
+    if fmt.value_bits > 2:
+        found.codes.copy_(torch.where(of_lost, found.codes & 1, found.codes))
 
 
 def _pack(
     fmt: SectionFormat,
-    positions: Ints,
-    codes: Ints,
-    ratios: npt.NDArray[np.int32],
-    exponents: Ints,
-    scales: Ints,
-) -> tuple[Ints, list[bytes]]:
-    """(lengths of all groups, their bytes)."""
-    written = []
-    for number in range(fmt.layout.num_groups):
-        first, end = fmt.layout.group_chunks(number)
-        mine = slice(int(fmt.kept_before[first]), int(fmt.kept_before[end]))
-        starts = np.repeat(fmt.layout.offset[first:end] - fmt.layout.offset[first], fmt.kept[first:end])
-        head = int(exponents[number]), scales[first:end].astype(np.uint8), ratios[first:end].astype(np.uint8)
-        written.append(group.join(fmt, number, *head, codes[mine], positions[mine] + starts))
-    return np.asarray([len(data) for data in written], np.int64), written
+    plan: Plan,
+    found: Selected,
+    exponents: Tensor,
+    scale_codes: Tensor,
+    first: int,
+    end: int,
+) -> tuple[Ints, bytes]:
+    """(lengths of groups first to end, their bytes)."""
+    device, a = found.positions.device, int(fmt.layout.group_edges[first])
+    slots = plan.slots[first : end + 1] - plan.slots[first]
+    room = int(fmt.group_bounds[first:end].sum())
+    out = torch.empty(room, dtype=torch.uint8, device=device)
+    ones = torch.zeros(8 * room, dtype=torch.uint8, device=device)
+    lengths = torch.empty(end - first, dtype=torch.int64, device=device)
+    kept_before = plan.kept_before[a:] - int(fmt.kept_before[a])
+    pack_groups[(end - first,)](
+        found.positions, found.codes, scale_codes, found.ratios, exponents, plan.edges[first:] - a, kept_before, slots,
+        torch.empty_like(found.positions), ones, out, lengths,
+        BITS=fmt.value_bits, CHUNKS=_power(fmt.layout.group), BLOCK=BLOCK,
+    )  # fmt: skip
+    within = torch.arange(room, device=device) - slots[:-1].repeat_interleave(slots.diff())
+    used = out[within < lengths.repeat_interleave(slots.diff())]
+    return lengths.cpu().numpy(), used.cpu().numpy().tobytes()
 
 
-def _unpack(fmt: SectionFormat, section: Section) -> tuple[npt.NDArray[np.generic], ...]:
-    """positions within their chunk, codes [coefficients]; scales, ratios [chunks] of a section."""
-    parts = []
-    for number in range(section.first_group, section.end_group):
-        fields = group.unpack_fields(fmt, number, section.group(number))
-        first, end = fmt.layout.group_chunks(number)
-        starts = np.repeat(fmt.layout.offset[first:end] - fmt.layout.offset[first], fmt.kept[first:end])
-        within = group.positions_of(fmt, number, fields.gaps) - starts
-        parts.append((within.astype(np.int32), fields.codes.astype(np.int32), fields.scale, fields.ratios))
-    positions, codes, scales, ratios = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return positions, codes, scales, ratios.astype(np.int32)
+class Unpacked(NamedTuple):
+    """What sections say: positions, codes [sections, coefficients] i32; scales fp32, ratios [sections, chunks]."""
+
+    positions: Tensor
+    codes: Tensor
+    scales: Tensor
+    ratios: Tensor
+
+
+def _unpack(
+    fmt: SectionFormat, plan: Plan, sections: Sequence[Section], first: int, end: int
+) -> tuple[Unpacked, bool]:
+    """(groups first to end of the sections, whether all of them are sound)."""
+    layout, device = fmt.layout, plan.edges.device
+    a, b = int(layout.group_edges[first]), int(layout.group_edges[end])
+    pieces, bounds, done = [], [], 0
+    for section in sections:
+        mine = section.bounds[first - section.first_group : end - section.first_group + 1]
+        pieces.append(section.data[mine[0] : mine[-1]])
+        bounds.append(mine - mine[0] + done)
+        done += int(mine[-1] - mine[0])
+    data, total, count = torch.from_numpy(np.concatenate(pieces)).to(device), len(sections), end - first
+    shape = total, int(fmt.kept_before[b] - fmt.kept_before[a])
+    positions = torch.empty(shape, dtype=torch.int32, device=device)
+    scale_bits = torch.empty((total, b - a), dtype=torch.int32, device=device)
+    codes, ratios = torch.empty_like(positions), torch.empty_like(scale_bits)
+    bad = torch.empty((total, count), dtype=torch.int32, device=device)
+    unpack_groups[(count, total)](
+        data, torch.from_numpy(np.stack(bounds)).to(device), plan.edges[first:] - a,
+        plan.kept_before[a:] - int(fmt.kept_before[a]), plan.sizes[a:], torch.empty_like(positions),
+        torch.empty(shape, dtype=torch.int64, device=device), positions, codes, scale_bits, ratios, bad,
+        count, b - a, shape[1], BITS=fmt.value_bits, CHUNKS=_power(layout.group), BLOCK=BLOCK,
+        LOW=levels.MIN_EXPONENT, HIGH=levels.MAX_EXPONENT,
+    )  # fmt: skip
+    return Unpacked(positions, codes, scale_bits.view(torch.float32), ratios), not bool(bad.any())
+
+
+def _add_up(
+    fmt: SectionFormat, plan: Plan, found: Unpacked, weights: Tensor, outputs: Sequence[Tensor],
+    chunks: tuple[int, int], use_dct: bool,
+) -> None:  # fmt: skip
+    """Write the weighted sum of sections' chunks to the outputs."""
+    (a, b), side = chunks, _power(fmt.layout.chunk)
+    kept_before = plan.kept_before - int(fmt.kept_before[a])
+    for index, first, end in _tensor_ranges(fmt.layout, a, b):
+        mine = slice(first, end)
+        work = torch.empty((end - first) * side if use_dct else 1, device=weights.device)
+        decode_chunks[(end - first,)](
+            outputs[index], plan.starts[mine], plan.strides[mine], plan.sizes[mine], plan.kept[mine], kept_before[mine],
+            plan.matrix, found.positions, found.codes, found.scales[:, first - a :], found.ratios[:, first - a :],
+            weights, found.positions.shape[1], b - a, len(weights), work, SIZE=side,
+            KEPT=_power(int(fmt.kept[first:end].max())), BITS=fmt.value_bits, DCT=use_dct, enable_fp_fusion=False,
+        )  # fmt: skip
