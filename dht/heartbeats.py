@@ -18,7 +18,7 @@ from dtrain.dht.records import pack_status, unpack_status
 HURRY = 2  # how many times more often the swarm is looked at while a group is sought
 
 # States in which a worker takes part in no round; see `dtrain.trainer.exchange.ABSENT`.
-ABSENT = ("joining", "finished", "leaving", "stopped")
+ABSENT = ("joining", "paused", "finished", "leaving", "stopped")
 
 
 @dataclass(frozen=True)

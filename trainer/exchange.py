@@ -22,7 +22,7 @@ STALE = "stale"  # the swarm is at another round or another theta; catch up befo
 
 
 # States in which a worker takes part in no round. A "finished" one still gives state and past rounds to others.
-ABSENT = ("joining", "finished", "leaving", "stopped")
+ABSENT = ("joining", "paused", "finished", "leaving", "stopped")
 
 
 class Outcome(Protocol):

@@ -5,7 +5,6 @@ manifest -> data stream -> inner steps -> delta -> payload -> exchange -> aggreg
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -19,7 +18,9 @@ from dtrain.trainer.audit import AuditedFeedback
 from dtrain.trainer.catchup import catch_up
 from dtrain.trainer.checkpoint import CheckpointStore
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
+from dtrain.trainer.control import Control
 from dtrain.trainer.data import Corpus, open_corpus
+from dtrain.trainer.duty import Duty
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.exchange import ABSENT, ALONE, DONE, NO_GROUP, Exchange, Outcome, work_of
 from dtrain.trainer.feedback import ErrorFeedback, Feedback
@@ -71,11 +72,16 @@ class Worker:
         *,
         clock: Clock = SYSTEM_CLOCK,
         corpus: Corpus | None = None,
+        control: Control | None = None,
     ):
         """`corpus` stands in for the manifest's data, which is otherwise read from this machine's disk."""
         self.manifest, self.settings, self.exchange, self.clock = manifest, settings, exchange, clock
-        torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
+        self.control = control or Control()
+        self.control.stop_worker, self.control.traffic = self.stop, exchange.traffic
+        self._stop = threading.Event()
+        self._stop_reason = "all rounds done"
         device = resolve_device(settings.device)
+        self.duty = Duty(settings, self.control, device, self._stop, clock)
         torch.manual_seed(manifest.train.seed)
         self.model = GPT(manifest.model, seed=manifest.train.seed).to(device)
         self.local = FlatParameters(self.model)
@@ -99,8 +105,6 @@ class Worker:
         self.sampler = Sampler()
         self._courier = clock.courier()
         self._delivery: Delivery | None = None
-        self._stop = threading.Event()
-        self._stop_reason = "all rounds done"
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end after the inner step or the exchange that is under way. Safe from any thread."""
@@ -115,6 +119,9 @@ class Worker:
         """Join the run, train round after round, leave."""
         self._join()
         while not self._is_over():
+            if self.control.held():
+                self._hold()
+                continue
             training = self._train()
             self._settle()  # with overlap: the exchange of the round before ends here, under this round's steps
             if self._stop.is_set():
@@ -163,6 +170,21 @@ class Worker:
                 said = here
             self.clock.sleep(POLL_S)
 
+    def _hold(self) -> None:
+        """Stand aside, with nothing under way, until the user or the limits let this machine train again.
+
+        What it trained is in the swarm by now. It goes on giving state and past rounds to others.
+        """
+        self._settle()
+        self._checkpoint()
+        self.report.state("paused")
+        self.duty.hold(self._is_over, self.report.say)
+        if self._is_over():
+            return
+        catch_up(self.outer, self.exchange, self.report.say)
+        self.local.flat.copy_(self.outer.state.theta_flat)
+        self.pacer.came_late = True
+
     # ------------------------------------------------------------------ one round, stage by stage
 
     def _train(self) -> Training:
@@ -173,8 +195,12 @@ class Worker:
         for x, y in self._batches(round):
             if self._stop.is_set() or self.pacer.is_over(pace):
                 break
+            if pace.steps and self.control.held():
+                self.duty.sit_out(self.pacer, pace)
+                break
+            began = self.clock.monotonic()
             losses.append(self.inner.step(x, y, round * self.manifest.train.inner_steps + pace.steps))
-            self._hold_back(pace, y.numel())
+            self.duty.rest(pace, y.numel(), began)
             self.report.step(pace, losses[-1].item, y.numel(), self.pacer)
         loss = float(torch.stack(losses).mean()) if losses else 0.0
         self.report.end_training(pace)
@@ -190,13 +216,6 @@ class Worker:
             batch_size=config.batch_size,
             seq_len=config.seq_len,
         )
-
-    def _hold_back(self, pace: Pace, new_tokens: int) -> None:
-        """Keep to the user's limit of tokens per second."""
-        limit = self.settings.max_tokens_per_s
-        if limit:
-            ready = pace.began + (pace.tokens + new_tokens) / limit
-            self.clock.wait(self._stop, max(0.0, ready - self.clock.monotonic()))
 
     def _encode(self, training: Training) -> bytes:
         """The contribution and the error feedback become a payload; what it leaves out stays in the feedback."""
@@ -297,14 +316,17 @@ class Worker:
 
     def _is_over(self) -> bool:
         rounds = self.outer.round + (self._delivery is not None)
-        return self._stop.is_set() or bool(self.settings.max_rounds and rounds >= self.settings.max_rounds)
+        if self._stop.is_set() or self.control.finishing:
+            return True
+        return bool(self.settings.max_rounds and rounds >= self.settings.max_rounds)
 
     def _leave(self) -> None:
         if not self._stop.is_set():
             self._finish()
         self.report.state("leaving")
         self._checkpoint()
-        self.report.stopped(self._stop_reason)
+        asked = self.control.finishing and not self._stop.is_set()
+        self.report.stopped("finished, as you asked" if asked else self._stop_reason)
         self._courier.shutdown()
 
     def _finish(self) -> None:
