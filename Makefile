@@ -13,7 +13,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_JOBS ?= 2
 
-.PHONY: setup demo test check chaos fuzz soak nat-test clean
+.PHONY: setup demo test check chaos fuzz soak nat-test proto clean
 
 setup: $(STAMP)
 
@@ -60,6 +60,10 @@ soak: setup
 # Workers behind routers that nobody can dial, and on machines that move, in network namespaces: Linux, as root.
 nat-test: setup
 	$(BIN)/pytest tests/test_nat.py -m netns $(TEST_ARGS)
+
+# After a change of trainer/control.proto.
+proto: setup
+	$(BIN)/python -m grpc_tools.protoc -Itrainer --python_out=trainer --pyi_out=trainer control.proto
 
 clean:
 	rm -rf $(VENV) .hypothesis .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

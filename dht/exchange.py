@@ -100,6 +100,7 @@ class DhtExchange:
         # Called with ("lost" or "back", why) around a renewal of the network process.
         self.on_change: Callable[[str, str], None] = lambda state, reason: None
         self._moved = ""
+        self._rates = {"up_mbps": 0.0, "down_mbps": 0.0}
         self.process = NetworkProcess(self._hear, self._reply)
 
     def connect(self) -> None:
@@ -115,6 +116,14 @@ class DhtExchange:
             reach_before=self.reach,
         )
         self.peer_id, self.addresses, self.reach = answer["peer_id"], answer["addresses"], answer["reach"]
+
+    def limit(self, *, up_mbps: float, down_mbps: float) -> None:
+        """Keep traffic to these megabits per second from now on, also over restarts of the network process."""
+        self._rates = {"up_mbps": up_mbps, "down_mbps": down_mbps}
+        try:
+            self.process.tell("limit", **self._rates)
+        except ConnectionLost:
+            pass  # said again when the network process is back
 
     def find_manifests(self, run_id: str) -> list[bytes]:
         """Signed manifests that peers have published under this run id, unchecked."""
@@ -169,6 +178,7 @@ class DhtExchange:
         self._past_traffic, self._traffic = self.traffic(), (0, 0)
         reason, self._moved = self._moved or "the network process ended", ""
         self.connect()
+        self.limit(**self._rates)
         self.process.command("open_run", timeout_s=OPEN_TIMEOUT_S, **self._run)
         if self._status is not None:
             self.announce(self._status)  # reach and address may be others now

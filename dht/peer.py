@@ -180,6 +180,10 @@ class NetworkPeer:
         )
         self._rendezvous_file = rendezvous.publish(worker)
 
+    async def limit(self, args: Args) -> None:
+        """Keep traffic to these rates."""
+        self._traffic.limit(up_mbps=args["up_mbps"], down_mbps=args["down_mbps"])
+
     async def announce(self, args: Args) -> None:
         if self._opened.is_set():
             await self._heartbeats.announce(args["status"])
@@ -278,6 +282,7 @@ COMMANDS: dict[str, Callable[[NetworkPeer, Args], Awaitable[Any]]] = {
     "connect": NetworkPeer.connect,
     "find_manifests": NetworkPeer.find_manifests,
     "open_run": NetworkPeer.open_run,
+    "limit": NetworkPeer.limit,
     "announce": NetworkPeer.announce,
     "post": NetworkPeer.post,
     "read_notes": NetworkPeer.read_notes,

@@ -19,8 +19,11 @@ from hivemind.p2p import P2P, P2PHandlerError
 from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
 
 from dtrain.dht.identity import Identity
+from dtrain.dht.throttle import Throttle
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+BYTES_PER_MEGABIT = 125_000.0
+MESSAGE_OVERHEAD_BYTES = 128  # of TLS, multiplexing, TCP and IP, roughly; it counts against the user's rates
 DAEMON_IDLE_S = 5  # the daemon ends by itself when nobody has been connected to it for this long
 
 
@@ -29,10 +32,27 @@ class TransportError(Exception):
 
 
 class Traffic:
-    """Bytes of all messages handed to and received from the daemon (below that: TLS, multiplexing and TCP)."""
+    """Bytes of all messages handed to and received from the daemon (below that: TLS, multiplexing and TCP), which
+    pass no faster than the user allows."""
 
     def __init__(self) -> None:
         self.up = self.down = 0
+        self._up_limit, self._down_limit = Throttle(), Throttle()
+
+    def limit(self, *, up_mbps: float, down_mbps: float) -> None:
+        """Keep to these rates from now on; 0 = no limit."""
+        self._up_limit.bytes_per_s = up_mbps * BYTES_PER_MEGABIT
+        self._down_limit.bytes_per_s = down_mbps * BYTES_PER_MEGABIT
+
+    async def sending(self, num_bytes: int) -> None:
+        """Before so many bytes are sent."""
+        await self._up_limit.take(num_bytes + MESSAGE_OVERHEAD_BYTES)
+        self.up += num_bytes
+
+    async def receiving(self, num_bytes: int) -> None:
+        """Before so many bytes are read, or after, where they come unasked."""
+        self.down += num_bytes
+        await self._down_limit.take(num_bytes + MESSAGE_OVERHEAD_BYTES)
 
 
 def patch_hivemind(private_folder: Path, traffic: Traffic) -> None:
@@ -44,14 +64,14 @@ def patch_hivemind(private_folder: Path, traffic: Traffic) -> None:
     send = P2P.send_raw_data
 
     async def counted_send(data: bytes, writer: asyncio.StreamWriter, **kwargs: Any) -> None:
-        traffic.up += len(data)
+        await traffic.sending(len(data))
         await send(data, writer, **kwargs)
 
     async def capped_receive(reader: asyncio.StreamReader) -> bytes:
         length = int.from_bytes(await reader.readexactly(P2P.HEADER_LEN), P2P.BYTEORDER)
         if length > MAX_MESSAGE_BYTES:
             raise ConnectionError(f"a message of {length} bytes; {MAX_MESSAGE_BYTES} is the most")
-        traffic.down += length
+        await traffic.receiving(length)
         return await reader.readexactly(length)
 
     P2P.send_raw_data = staticmethod(counted_send)
@@ -96,18 +116,18 @@ def _count_unary(traffic: Traffic) -> None:
     call, add = ControlClient.call_unary_handler, ControlClient.add_unary_handler
 
     async def counted_call(self: Any, peer_id: Any, proto: str, data: bytes) -> bytes:
-        traffic.up += len(data)
+        await traffic.sending(len(data))
         reply: bytes = await call(self, peer_id, proto, data)
-        traffic.down += len(reply)
+        await traffic.receiving(len(reply))
         return reply
 
     async def counted_add(
         self: Any, proto: str, handler: Callable[[bytes, Any], Awaitable[bytes]], balanced: bool = False
     ) -> None:
         async def counted(data: bytes, remote: Any) -> bytes:
-            traffic.down += len(data)
+            await traffic.receiving(len(data))
             reply = await handler(data, remote)
-            traffic.up += len(reply)
+            await traffic.sending(len(reply))
             return reply
 
         await add(self, proto, counted, balanced)

@@ -10,6 +10,16 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "worker": ("dtrain.trainer.cli_worker", "join a run, or begin one, and train"),
+    "status": ("dtrain.trainer.cli_control", "what this machine's workers are doing"),
+    "pause": ("dtrain.trainer.cli_control", "hand in what is trained, then hold until `dtrain resume`"),
+    "resume": ("dtrain.trainer.cli_control", "go on after a pause"),
+    "finish": ("dtrain.trainer.cli_control", "leave after the round under way"),
+    "stop": ("dtrain.trainer.cli_control", "leave now"),
+    "limit": (
+        "dtrain.trainer.cli_control",
+        "what a worker may take: bandwidth, computing time, hours, traffic",
+    ),
+    "log": ("dtrain.trainer.cli_control", "what a worker said last"),
     "bench": ("dtrain.experiments.bench", "measure speed and size side by side"),
     "demo": ("dtrain.experiments.demo", "watch a small swarm train on this machine"),
 }

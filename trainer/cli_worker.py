@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from dtrain.trainer.cli_flags import add_limit_flags, add_machine_flags, add_run_flags, typed_limits
+from dtrain.trainer.cli_folder import worker_folder
 from dtrain.trainer.cli_run import (
     begin_run,
     check_address,
@@ -23,16 +24,16 @@ from dtrain.trainer.cli_run import (
     stored_manifest,
 )
 from dtrain.trainer.errors import RunError, UsageError
+from dtrain.trainer.voice import Voice
 
 if TYPE_CHECKING:
     from dtrain.dht.exchange import DhtExchange
-    from dtrain.dht.invite import Invite
-    from dtrain.trainer.manifest import Manifest
+    from dtrain.trainer.control import Control
+    from dtrain.trainer.limits import Limits
     from dtrain.trainer.metrics import MetricsLog
     from dtrain.trainer.signing import SignedManifest
     from dtrain.trainer.worker import Worker
 
-MAX_WORKERS_IN_A_FOLDER = 64
 NOTICE_AFTER_S = 2.0
 
 REACH_LINES = {
@@ -55,114 +56,189 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="libp2p address of a peer to join through",
     )
-    machine = parser.add_argument_group("this machine")
-    machine.add_argument("--name", help="shown to the others (default: worker-1, worker-2, ...)")
-    machine.add_argument("--folder", type=Path, help="where checkpoints go (default: ./dtrain-runs/RUN/NAME)")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    machine.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = all cores but one")
-    machine.add_argument(
-        "--data", type=Path, help="text file to train on (default: Python's own library sources)"
-    )
-    machine.add_argument(
-        "--rounds", type=int, default=0, help="leave after the run's round N; 0 = go on until Ctrl-C"
-    )
-    machine.add_argument(
-        "--max-tokens-per-s", type=float, default=0.0, help="train no faster than this; 0 = no limit"
-    )
-    machine.add_argument("--audit", action="store_true", help="check every round that no delta is lost")
-    machine.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations; 0 = never")
-    machine.add_argument("--checkpoint-every", type=int, default=5, help="rounds a checkpoint; 0 = never")
-    machine.add_argument("--keep-checkpoints", type=int, default=3, help="checkpoints that stay on disk")
-    machine.add_argument("--host", default="0.0.0.0", help="IPv4 address to listen on")
-    machine.add_argument("--port", type=int, default=0, help="TCP port to listen on; 0 = any free one")
-    shared = parser.add_argument_group("the run (for the first worker; later ones take what the run has)")
-    shared.add_argument("--config", type=Path, metavar="RUN.TOML", help="the run's settings")
-    shared.add_argument("--preset", help="model size: tiny, small, gpt2 or medium")
-    shared.add_argument("--strategy", help="what travels: sparseloco, diloco, demo or ddp")
-    shared.add_argument("--optimizer", help="of the inner steps: adamw, adamw8bit or muon")
-    shared.add_argument("--inner-steps", type=int, help="inner steps per round")
-    shared.add_argument("--batch-size", type=int, help="sequences per inner step")
-    shared.add_argument("--lr", type=float, help="learning rate of the inner steps")
-    shared.add_argument("--seed", type=int, help="seed of the first weights and of the data")
-    shared.add_argument("--start-workers", type=int, help="workers that must be there before round 1 begins")
-    shared.add_argument("--overlap", help="eager: exchange while training goes on; none: take turns")
-    shared.add_argument(
-        "--round-tokens", type=int, help="a round ends when all have trained so many; 0 = fixed steps"
-    )
-    shared.add_argument("--matchmaking-s", type=float, help="longest wait for missing workers, in seconds")
+    add_machine_flags(parser)
+    add_limit_flags(parser, leave_out=("--threads",))
+    add_run_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command until the run or the user ends it."""
+    return run_worker(args)
+
+
+# Shown what will be joined, before anything is; False = the user would rather not.
+Approve = Callable[["Worker", "DhtExchange", "SignedManifest", Voice], bool]
+
+
+def run_worker(args: argparse.Namespace, approve: Approve = lambda *_: True) -> int:
+    """Run a worker until the run or the user ends it; returns the exit code."""
     started = _command_start()
     check_address(args)
+    limits = typed_limits(args)
     invite = parse_invite(args)
     run_id = choose_run_id(args, invite)
-    proposed = proposed_manifest(args, run_id)
-    from dtrain.dht.process import ExchangeError
-
     with ExitStack() as stack:
-        name, folder = stack.enter_context(_worker_folder(args, run_id))
-        try:
-            worker = _start(args, run_id, invite, proposed, name, folder, stack)
-        except ExchangeError as error:
-            # With no peers or only typed ones, what was typed is what is wrong.
-            typed_wrong = args.peer or args.invite or not _found_peers(run_id)
-            raise (UsageError if typed_wrong else RunError)(str(error)) from None
+        session = Session(args, run_id, approve, stack)
+        if limits:
+            session.control.set_limits(limits)
+        worker = session.start()
+        if worker is None:
+            return 0
         worker.report.started = started
-        with _signals(worker):
+        with _signals(worker, session.voice):
             worker.run()
     return 0
 
 
-def _start(
-    args: argparse.Namespace,
-    run_id: str,
-    invite: Invite | None,
-    proposed: Manifest | None,
-    name: str,
-    folder: Path,
-    stack: ExitStack,
-) -> Worker:
-    """Find or begin the run, build the worker, open the run in the exchange."""
-    from dtrain.dht import rendezvous
+class Session:
+    """One run of the command: its parts, which `stack` closes in the end."""
 
-    stored = stored_manifest(folder)
-    with ExitStack() as beginning:
-        beginning.enter_context(rendezvous.lock())  # two workers started at once must not both begin the run
-        peers = list(args.peer) + list(invite.addresses if invite else ())
-        peers = peers or _found_peers(run_id)
+    def __init__(self, args: argparse.Namespace, run_id: str, approve: Approve, stack: ExitStack):
+        from dtrain.trainer.control import Control
+
+        self.args, self.run_id = args, run_id
+        self.invite, self.proposed = parse_invite(args), proposed_manifest(args, run_id)
+        self._approve, self._stack = approve, stack
+        self.name, self.folder = stack.enter_context(worker_folder(args, run_id))
+        self.voice = Voice()
+        self.control: Control = Control(self.folder)
+        stack.callback(self.control.close)
+        self._invite_text = ""
+
+    def start(self) -> Worker | None:
+        """Find or begin the run, build the worker, open the run in the exchange; None if the user declined."""
+        from dtrain.dht import rendezvous
+        from dtrain.dht.process import ExchangeError
+
+        self._serve_control()
+        stored = stored_manifest(self.folder)
+        try:
+            with ExitStack() as beginning:
+                beginning.enter_context(rendezvous.lock())  # two started at once must not both begin the run
+                peers = list(self.args.peer) + list(self.invite.addresses if self.invite else ())
+                peers = peers or _found_peers(self.run_id)
+                if peers:
+                    beginning.close()  # the run is there already
+                exchange = self._connect(peers)
+                signed = self._manifest(exchange, stored, bool(peers))
+                return self._join(exchange, signed)
+        except ExchangeError as error:
+            # With no peers or only typed ones, what was typed is what is wrong.
+            typed_wrong = self.args.peer or self.args.invite or not _found_peers(self.run_id)
+            raise (UsageError if typed_wrong else RunError)(str(error)) from None
+
+    def _serve_control(self) -> None:
+        """Others on this machine may see and steer this worker from now on."""
+        from dtrain.dht import rendezvous
+        from dtrain.trainer.control_server import ControlServer
+
+        folder = rendezvous.folder() / "control"
+        server = ControlServer(self.run_id, self.name, self.control, self.voice, folder)
+        self._stack.callback(server.close)
+
+    def _connect(self, peers: list[str]) -> DhtExchange:
+        from dtrain.dht.exchange import DhtExchange, PeerSettings
+
+        args = self.args
+        exchange = DhtExchange(PeerSettings(self.folder / "identity.key", args.host, args.port, tuple(peers)))
+        self._stack.callback(exchange.close)
+        self.control.traffic = exchange.traffic
+        import dtrain.trainer.worker  # noqa: F401  # torch comes in while the network process starts
+
+        exchange.connect()
+        self._obey_limits(exchange)
         if peers:
-            beginning.close()  # the run is there already
-        exchange = _connect(args, folder, peers, stack)
-        signed = (
-            find_manifest(exchange, run_id, invite) if peers else stored or begin_run(args, run_id, folder)
-        )
-        check_flags(args, proposed, signed.manifest)
-        warming = _warm_up(signed.manifest)
-        metrics = stack.enter_context(_metrics(folder))
-        worker = _build(args, signed, name, folder, exchange, metrics)
-        (folder / "manifest.json").write_text(signed.to_json())
+            self.voice.say(f"Connected to the run. {REACH_LINES[exchange.reach]}")
+        return exchange
+
+    def _obey_limits(self, exchange: DhtExchange) -> None:
+        def obey(limits: Limits) -> None:
+            exchange.limit(up_mbps=limits.up_mbps, down_mbps=limits.down_mbps)
+
+        obey(self.control.limits)
+        self.control.on_limits = obey
+
+    def _manifest(
+        self, exchange: DhtExchange, stored: SignedManifest | None, is_there: bool
+    ) -> SignedManifest:
+        if is_there:
+            signed = find_manifest(exchange, self.run_id, self.invite)
+        else:
+            signed = stored or begin_run(self.args, self.run_id, self.folder)
+        check_flags(self.args, self.proposed, signed.manifest)
+        return signed
+
+    def _join(self, exchange: DhtExchange, signed: SignedManifest) -> Worker | None:
+        warming = _warm_up(signed, self.voice)
+        metrics = self._stack.enter_context(_metrics(self.folder))
+        worker = self._build(signed, exchange, metrics)
+        if not self._approve(worker, exchange, signed, self.voice):
+            return None
+        (self.folder / "manifest.json").write_text(signed.to_json())
+        self._invite_text = _invite_text(exchange, signed)
         _open_run(exchange, signed, worker)
         warming.join()
-    metrics.write(
-        "start",
-        name=name,
-        peer_id=exchange.peer_id,
-        device=worker.report.device,
-        pid=os.getpid(),
-        run_id=run_id,
-        manifest_hash=signed.manifest.hash.hex(),
-        num_params=worker.codec.num_params,
-        reach=exchange.reach,
-    )
-    exchange.on_change = lambda state, reason: _changed(exchange, metrics, state, reason)
-    _say(
-        f"Run {run_id}: {worker.codec.num_params / 1e6:.1f}M parameters on {worker.report.device}; "
-        f"you are {name} ({exchange.peer_id[-8:]}). Ctrl-C leaves cleanly."
-    )
-    _print_invite(exchange, signed)
-    return worker
+        metrics.write(
+            "start",
+            name=self.name,
+            peer_id=exchange.peer_id,
+            device=worker.report.device,
+            pid=os.getpid(),
+            run_id=self.run_id,
+            manifest_hash=signed.manifest.hash.hex(),
+            num_params=worker.codec.num_params,
+            reach=exchange.reach,
+        )
+        exchange.on_change = lambda state, reason: self._changed(exchange, metrics, state, reason)
+        self.voice.say(
+            f"Run {self.run_id}: {worker.codec.num_params / 1e6:.1f}M parameters on {worker.report.device}; "
+            f"you are {self.name} ({exchange.peer_id[-8:]}). Ctrl-C leaves cleanly."
+        )
+        self.voice.say(f"Others join with:\n  dtrain worker --invite {self._invite_text}")
+        return worker
+
+    def _build(self, signed: SignedManifest, exchange: DhtExchange, metrics: MetricsLog) -> Worker:
+        from dtrain.trainer.settings import MachineSettings
+        from dtrain.trainer.worker import Worker
+
+        args = self.args
+        settings = MachineSettings(
+            name=self.name,
+            folder=self.folder,
+            device=args.device,
+            threads=args.threads,
+            max_tokens_per_s=args.max_tokens_per_s,
+            audit=args.audit,
+            sample_text=True,
+            data=args.data,
+            max_rounds=args.rounds,
+            eval_every=args.eval_every,
+            keep_checkpoints=args.keep_checkpoints,
+            checkpoint_every=args.checkpoint_every,
+        )
+        worker = Worker(signed.manifest, settings, exchange, metrics, self.voice.say, control=self.control)
+
+        def describe() -> dict[str, Any]:
+            return {
+                **worker.report.snapshot(),
+                "folder": str(self.folder.resolve()),
+                "num_params": worker.codec.num_params,
+                "reach": exchange.reach,
+                "invite": self._invite_text,
+            }
+
+        self.control.describe = describe
+        return worker
+
+    def _changed(self, exchange: DhtExchange, metrics: MetricsLog, state: str, reason: str) -> None:
+        """The network process is being renewed ("lost"), or was ("back")."""
+        metrics.write(
+            "network", state=state, reason=reason, reach=exchange.reach, addresses=exchange.addresses
+        )
+        if state == "lost":
+            self.voice.say(f"The network is lost: {reason}. Connecting anew.")
+        else:
+            self.voice.say(f"The network is back. {REACH_LINES[exchange.reach]}")
 
 
 def _found_peers(run_id: str) -> list[str]:
@@ -172,70 +248,20 @@ def _found_peers(run_id: str) -> list[str]:
     return [address for worker in rendezvous.find(run_id) for address in worker.addresses]
 
 
-def _connect(args: argparse.Namespace, folder: Path, peers: list[str], stack: ExitStack) -> DhtExchange:
-    from dtrain.dht.exchange import DhtExchange, PeerSettings
-
-    exchange = DhtExchange(PeerSettings(folder / "identity.key", args.host, args.port, tuple(peers)))
-    stack.callback(exchange.close)
-    import dtrain.trainer.worker  # noqa: F401  # torch comes in while the network process starts
-
-    exchange.connect()
-    if peers:
-        _say(f"Connected to the run. {REACH_LINES[exchange.reach]}")
-    return exchange
-
-
-def _changed(exchange: DhtExchange, metrics: MetricsLog, state: str, reason: str) -> None:
-    """The network process is being renewed ("lost"), or was ("back")."""
-    metrics.write("network", state=state, reason=reason, reach=exchange.reach, addresses=exchange.addresses)
-    if state == "lost":
-        _say(f"The network is lost: {reason}. Connecting anew.")
-    else:
-        _say(f"The network is back. {REACH_LINES[exchange.reach]}")
-
-
-def _warm_up(manifest: Manifest) -> threading.Thread:
+def _warm_up(signed: SignedManifest, voice: Voice) -> threading.Thread:
     """Compile the codec's kernels in the background, with a word if that takes a while (once per machine)."""
     from dtrain.compression.warm_up import warm_up
 
-    thread = threading.Thread(target=warm_up, args=(manifest.codec,), name="warm-up")
+    thread = threading.Thread(target=warm_up, args=(signed.manifest.codec,), name="warm-up")
     thread.start()
 
     def notice() -> None:
         thread.join(NOTICE_AFTER_S)
         if thread.is_alive():
-            _say("Compiling the codec for this machine; once only, about 20 s.")
+            voice.say("Compiling the codec for this machine; once only, about 20 s.")
 
     threading.Thread(target=notice, daemon=True).start()
     return thread
-
-
-def _build(
-    args: argparse.Namespace,
-    signed: SignedManifest,
-    name: str,
-    folder: Path,
-    exchange: DhtExchange,
-    metrics: MetricsLog,
-) -> Worker:
-    from dtrain.trainer.settings import MachineSettings
-    from dtrain.trainer.worker import Worker
-
-    settings = MachineSettings(
-        name=name,
-        folder=folder,
-        device=args.device,
-        threads=args.threads,
-        max_tokens_per_s=args.max_tokens_per_s,
-        audit=args.audit,
-        sample_text=True,
-        data=args.data,
-        max_rounds=args.rounds,
-        eval_every=args.eval_every,
-        keep_checkpoints=args.keep_checkpoints,
-        checkpoint_every=args.checkpoint_every,
-    )
-    return Worker(signed.manifest, settings, exchange, metrics, _say)
 
 
 def _open_run(exchange: DhtExchange, signed: SignedManifest, worker: Worker) -> None:
@@ -256,41 +282,12 @@ def _open_run(exchange: DhtExchange, signed: SignedManifest, worker: Worker) -> 
     )
 
 
-def _print_invite(exchange: DhtExchange, signed: SignedManifest) -> None:
+def _invite_text(exchange: DhtExchange, signed: SignedManifest) -> str:
     from dtrain.dht.invite import MAX_ADDRESSES, Invite
 
     addresses = tuple(exchange.addresses[:MAX_ADDRESSES])
     organizer = bytes.fromhex(signed.manifest.organizer)
-    invite = Invite(signed.manifest.run_id, signed.manifest.hash, organizer, addresses)
-    _say(f"Others join with:\n  dtrain worker --invite {invite.encode()}")
-
-
-@contextmanager
-def _worker_folder(args: argparse.Namespace, run_id: str) -> Iterator[tuple[str, Path]]:
-    """This worker's (name, folder), locked: a second worker in the same place takes the next free name."""
-    if args.folder is not None:
-        choices = [(args.name or args.folder.name, args.folder)]
-    elif args.name is not None:
-        choices = [(args.name, Path("dtrain-runs") / run_id / args.name)]
-    else:
-        names = [f"worker-{n}" for n in range(1, MAX_WORKERS_IN_A_FOLDER + 1)]
-        choices = [(name, Path("dtrain-runs") / run_id / name) for name in names]
-    for name, folder in choices:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / "lock").open("w")
-        except OSError as error:
-            raise UsageError(
-                f"cannot write to {folder}: {error.strerror}; type --folder with a folder you own"
-            ) from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                continue
-            yield name, folder
-            return
-    raise UsageError(f"another worker is using {choices[0][1]}: type another --folder or --name")
+    return Invite(signed.manifest.run_id, signed.manifest.hash, organizer, addresses).encode()
 
 
 @contextmanager
@@ -302,13 +299,13 @@ def _metrics(folder: Path) -> Iterator[MetricsLog]:
 
 
 @contextmanager
-def _signals(worker: Worker) -> Iterator[None]:
+def _signals(worker: Worker, voice: Voice) -> Iterator[None]:
     """Ctrl-C and SIGTERM ask the loop to end cleanly; a second one ends at once."""
 
     def handle(number: int, _: object) -> None:
         if worker.stop_asked:
             raise KeyboardInterrupt
-        _say("Leaving after the step under way; press Ctrl-C again to leave at once.")
+        voice.say("Leaving after the step under way; press Ctrl-C again to leave at once.")
         worker.stop("asked to stop")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -324,7 +321,3 @@ def _command_start() -> float:
     import psutil
 
     return float(psutil.Process().create_time())
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

@@ -52,6 +52,6 @@ def find(folder: Path) -> list[Endpoint]:
 
 def _runs(endpoint: Endpoint) -> bool:
     try:
-        return abs(psutil.Process(endpoint.pid).create_time() - endpoint.started) < 2.0
+        return bool(abs(psutil.Process(endpoint.pid).create_time() - endpoint.started) < 2.0)
     except psutil.Error:
         return False

@@ -30,7 +30,7 @@ DEFAULT_PER_S = 2.0
 MAX_PER_S = 20.0
 LOOK_PERIOD_S = 1.0  # a watcher that has gone is noticed within this time
 
-Context = grpc.ServicerContext
+Context = Any  # grpc.ServicerContext; grpc ships no types
 
 
 class ControlServer:
@@ -142,12 +142,13 @@ class ControlServer:
         return self._status()
 
     def _read_log(self, request: control_pb2.LogRequest, context: Context) -> Iterator[control_pb2.LogLine]:
-        number = 0
-        for number, moment, text in self._voice.lines(last=request.lines):
+        last = 0
+        for last, moment, text in self._voice.lines(last=request.lines):  # noqa: B007 (used below)
             yield control_pb2.LogLine(time=moment, text=text)
         while request.follow and context.is_active() and not self._closing:
-            for number, moment, text in self._voice.follow(number, LOOK_PERIOD_S):
+            for number, moment, text in self._voice.follow(last, LOOK_PERIOD_S):
                 yield control_pb2.LogLine(time=moment, text=text)
+                last = number
 
 
 def _to_bytes(message: Any) -> bytes:

@@ -48,14 +48,16 @@ class Duty:
         while not (pacer.is_fixed or pacer.is_over(pace) or self._stop.is_set()):
             self._clock.wait(self._stop, POLL_S)
 
-    def hold(self, is_over: Callable[[], bool], say: Callable[[str], None]) -> None:
-        """Wait until the user and the limits let this machine train again, or the worker's end has come."""
+    def hold(self, is_over: Callable[[], bool], say: Callable[[str], None]) -> bool:
+        """Wait until the user and the limits let this machine train again; False if the worker's end came first."""
         said = ""
         while not is_over() and (reason := self._control.held()):
             if reason != said:
                 say(f"Holding: {reason}.")
                 said = reason
             self._clock.wait(self._stop, POLL_S)
-        if not is_over():
-            say("Going on.")
-            self.use_threads()
+        if is_over():
+            return False
+        say("Going on.")
+        self.use_threads()
+        return True

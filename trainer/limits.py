@@ -171,7 +171,12 @@ Parser = Callable[[str], object]
 FLAGS: dict[str, tuple[str, Parser, str, str]] = {
     "--up": ("up_mbps", parse_rate, "RATE", "upload no faster, e.g. 5mbit"),
     "--down": ("down_mbps", parse_rate, "RATE", "download no faster, e.g. 50mbit"),
-    "--gpu": ("compute_percent", parse_percent, "SHARE", "compute so much of the time (GPU or CPU), e.g. 50%%"),
+    "--gpu": (
+        "compute_percent",
+        parse_percent,
+        "SHARE",
+        "compute so much of the time (GPU or CPU), e.g. 50%%",
+    ),
     "--threads": ("threads", parse_count, "N", "CPU threads for training"),
     "--memory": ("memory_gb", parse_size, "SIZE", "leave the run rather than use more, e.g. 8GB"),
     "--hours": ("hours", typed_hours, "FROM-TO", "train only then (local time), e.g. 22:00-08:00"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from dtrain.trainer.bulletin import SAMPLE_TOPIC, TOPIC, Bulletin, EvalLine, RoundLine, Sample
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
@@ -57,6 +57,9 @@ class Reporter:
     _last_announced: float = 0.0
     _first_step_done: bool = False
     _first_contribution_done: bool = False
+    _rounds_contributed: int = 0
+    _last_share_percent: float = 0.0
+    _inner_steps: int = 0
 
     def __post_init__(self) -> None:
         self.started = self.clock.time()
@@ -90,6 +93,29 @@ class Reporter:
             }
         )
 
+    def snapshot(self) -> dict[str, Any]:
+        """Where we stand, for the user's own eyes; the fields of `control.proto`'s Status that the loop knows."""
+        up, down = self.exchange.traffic()
+        is_training = self._state == "training"
+        return {
+            "peer_id": self.exchange.peer_id,
+            "device": self.device,
+            "state": self._state,
+            "round": self.outer.round,
+            "rounds_contributed": self._rounds_contributed,
+            "step": self._pace.steps if is_training else 0,
+            "inner_steps": self._inner_steps,
+            "tokens": self.tokens,
+            "tokens_per_s": self._pace.tokens_per_s if is_training else 0.0,
+            "loss": self._loss,
+            "round_ends_in_s": self._remaining_s if is_training else 0.0,
+            "compute_share": self.compute_share,
+            "workers": 1 + len(self.exchange.swarm()),
+            "bytes_up": up,
+            "bytes_down": down,
+            "last_share_percent": self._last_share_percent,
+        }
+
     def joined(self, source: str, began: float) -> None:
         seconds = self.clock.monotonic() - began
         self.metrics.write("joined", round=self.outer.round, source=source, seconds=round(seconds, 3))
@@ -116,6 +142,7 @@ class Reporter:
     def step(self, pace: Pace, loss: Callable[[], float], new_tokens: int, pacer: Pacer) -> None:
         """One inner step is done; `loss()` is asked only when something is written, as it waits for the device."""
         pace.steps += 1
+        self._inner_steps = pacer.inner_steps if pacer.is_fixed else 0
         pace.tokens += new_tokens
         self.tokens += new_tokens
         if not self._first_step_done:
@@ -197,6 +224,9 @@ class Reporter:
             f"Round {self.outer.round}: loss {loss:.3f}, {who}, yours {own_tokens:,} tokens ({share:.1f} %), "
             f"{up / 1e6:.2f} MB up, {down / 1e6:.2f} MB down so far."
         )
+        if included:
+            self._rounds_contributed += 1
+            self._last_share_percent = share
         if included and not self._first_contribution_done:
             self._first_contribution_done = True
             seconds = self.clock.time() - self.started

@@ -118,4 +118,4 @@ def duration(seconds: float) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) and value < 1000 or value >= 1000 else f"{value:.1f}"
+    return f"{value:,.0f}" if (value == int(value) and value < 1000) or value >= 1000 else f"{value:.1f}"

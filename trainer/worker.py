@@ -30,7 +30,7 @@ from dtrain.trainer.manifest import Manifest
 from dtrain.trainer.metrics import Metrics
 from dtrain.trainer.model import GPT
 from dtrain.trainer.outer_loop import OuterLoop, named, part
-from dtrain.trainer.pacing import Pace, Pacer
+from dtrain.trainer.pacing import Pacer
 from dtrain.trainer.reporting import Reporter, Say
 from dtrain.trainer.sampling import Sampler, write_sample
 from dtrain.trainer.settings import MachineSettings, resolve_device
@@ -171,19 +171,14 @@ class Worker:
             self.clock.sleep(POLL_S)
 
     def _hold(self) -> None:
-        """Stand aside, with nothing under way, until the user or the limits let this machine train again.
-
-        What it trained is in the swarm by now. It goes on giving state and past rounds to others.
-        """
+        """Stand aside, with nothing under way, until this machine may train again; others still get state from us."""
         self._settle()
         self._checkpoint()
         self.report.state("paused")
-        self.duty.hold(self._is_over, self.report.say)
-        if self._is_over():
-            return
-        catch_up(self.outer, self.exchange, self.report.say)
-        self.local.flat.copy_(self.outer.state.theta_flat)
-        self.pacer.came_late = True
+        if self.duty.hold(self._is_over, self.report.say):
+            catch_up(self.outer, self.exchange, self.report.say, self.clock)
+            self.local.flat.copy_(self.outer.state.theta_flat)
+            self.pacer.came_late = True
 
     # ------------------------------------------------------------------ one round, stage by stage
 

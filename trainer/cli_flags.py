@@ -1,0 +1,79 @@
+"""The flags of the commands that run a worker."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dtrain.trainer.errors import UsageError
+from dtrain.trainer.limits import FLAGS, Limits
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """What is this computer's own business."""
+    machine = parser.add_argument_group("this machine")
+    machine.add_argument("--name", help="shown to the others (default: worker-1, worker-2, ...)")
+    machine.add_argument("--folder", type=Path, help="where checkpoints go (default: ./dtrain-runs/RUN/NAME)")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    machine.add_argument(
+        "--threads", type=int, default=0, help="CPU threads for training; 0 = all cores but one"
+    )
+    machine.add_argument(
+        "--data", type=Path, help="text file to train on (default: Python's own library sources)"
+    )
+    machine.add_argument(
+        "--rounds", type=int, default=0, help="leave after the run's round N; 0 = go on until Ctrl-C"
+    )
+    machine.add_argument(
+        "--max-tokens-per-s", type=float, default=0.0, help="train no faster than this; 0 = no limit"
+    )
+    machine.add_argument("--audit", action="store_true", help="check every round that no delta is lost")
+    machine.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations; 0 = never")
+    machine.add_argument("--checkpoint-every", type=int, default=5, help="rounds a checkpoint; 0 = never")
+    machine.add_argument("--keep-checkpoints", type=int, default=3, help="checkpoints that stay on disk")
+    machine.add_argument("--host", default="0.0.0.0", help="IPv4 address to listen on")
+    machine.add_argument("--port", type=int, default=0, help="TCP port to listen on; 0 = any free one")
+
+
+def add_limit_flags(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
+    """The user's limits, as `dtrain limit` has them."""
+    group = parser.add_argument_group('limits ("none" lifts one); kept for the next start')
+    for flag, (name, _, metavar, text) in FLAGS.items():
+        if flag not in leave_out:
+            given: dict[str, Any] = (
+                {"nargs": "?", "const": "yes"} if isinstance(getattr(Limits(), name), bool) else {}
+            )
+            group.add_argument(flag, dest=f"limit_{name}", metavar=metavar, help=text, **given)
+
+
+def typed_limits(args: argparse.Namespace) -> dict[str, object]:
+    """{field of Limits: value} of the limit flags that were typed. UsageError names the flag."""
+    changes: dict[str, object] = {}
+    for flag, (name, parse, _, _) in FLAGS.items():
+        text = getattr(args, f"limit_{name}", None)
+        if text is not None:
+            try:
+                changes[name] = parse(text)
+            except UsageError as error:
+                raise UsageError(f"{flag} {error}") from None
+    return changes
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """What all workers of a run share."""
+    shared = parser.add_argument_group("the run (for the first worker; later ones take what the run has)")
+    shared.add_argument("--config", type=Path, metavar="RUN.TOML", help="the run's settings")
+    shared.add_argument("--preset", help="model size: tiny, small, gpt2 or medium")
+    shared.add_argument("--strategy", help="what travels: sparseloco, diloco, demo or ddp")
+    shared.add_argument("--optimizer", help="of the inner steps: adamw, adamw8bit or muon")
+    shared.add_argument("--inner-steps", type=int, help="inner steps per round")
+    shared.add_argument("--batch-size", type=int, help="sequences per inner step")
+    shared.add_argument("--lr", type=float, help="learning rate of the inner steps")
+    shared.add_argument("--seed", type=int, help="seed of the first weights and of the data")
+    shared.add_argument("--start-workers", type=int, help="workers that must be there before round 1 begins")
+    shared.add_argument("--overlap", help="eager: exchange while training goes on; none: take turns")
+    shared.add_argument(
+        "--round-tokens", type=int, help="a round ends when all have trained so many; 0 = fixed steps"
+    )
+    shared.add_argument("--matchmaking-s", type=float, help="longest wait for missing workers, in seconds")
