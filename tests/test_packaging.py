@@ -20,10 +20,14 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("compression", "dht", "experiments", "trainer")
 SHIPPED = (*FOLDERS, "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+OTHERS = ("*.proto", "*.pyi")  # the control service as others read it, and its types
 MODULES = {path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
 BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
 IMPORT_NAMES = {
     "google": "protobuf",
+    "grpc": "grpcio",
+    "grpc_health": "grpcio-health-checking",
+    "grpc_reflection": "grpcio-reflection",
     "llvmlite": "numba",
     "triton": "torch",
 }  # the rest are called what they are
@@ -73,9 +77,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_every_module(wheel: Path) -> None:
-    """Each source file is in the wheel below `dtrain/`, and nothing else but the metadata is."""
+    """Each source file is in the wheel below `dtrain/`, and nothing else but the metadata and OTHERS is."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == {f"dtrain/{name}" for name in MODULES}
+    others = {path.relative_to(ROOT).as_posix() for kind in OTHERS for path in (ROOT / "trainer").glob(kind)}
+    assert names == {f"dtrain/{name}" for name in MODULES | others}
 
 
 def test_the_wheel_brings_the_command(wheel: Path) -> None:

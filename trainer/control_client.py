@@ -14,7 +14,7 @@ from dtrain.trainer.control_files import Endpoint
 from dtrain.trainer.control_pb2 import LogLine, Status
 from dtrain.trainer.errors import RunError, UsageError
 
-SERVICE = "dtrain.control.v1.Control"
+SERVICE = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
 CALL_S = 10.0  # longest wait for an answer
 
 

@@ -23,7 +23,7 @@ from dtrain.trainer.control_files import Endpoint
 from dtrain.trainer.errors import UsageError
 from dtrain.trainer.voice import Voice
 
-SERVICE = "dtrain.control.v1.Control"
+SERVICE = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
 HOST = "127.0.0.1"
 MAX_CALLS = 16  # at once; watchers hold one each
 DEFAULT_PER_S = 2.0

@@ -22,9 +22,10 @@ from dtrain.trainer.control import Control
 from dtrain.trainer.data import Corpus, open_corpus
 from dtrain.trainer.duty import Duty
 from dtrain.trainer.errors import RunError
-from dtrain.trainer.exchange import ABSENT, ALONE, DONE, NO_GROUP, Exchange, Outcome, work_of
+from dtrain.trainer.exchange import ALONE, DONE, NO_GROUP, Exchange, Outcome
 from dtrain.trainer.feedback import ErrorFeedback, Feedback
 from dtrain.trainer.flat import FlatParameters
+from dtrain.trainer.gathering import stay_for_the_rest, wait_for_start
 from dtrain.trainer.inner import evaluate, make_inner
 from dtrain.trainer.manifest import Manifest
 from dtrain.trainer.metrics import Metrics
@@ -35,9 +36,6 @@ from dtrain.trainer.reporting import Reporter, Say
 from dtrain.trainer.sampling import Sampler, write_sample
 from dtrain.trainer.settings import MachineSettings, resolve_device
 from dtrain.trainer.strategies import make_strategy
-
-POLL_S = 0.1
-FINISH_S = 20.0  # longest stay after our last round for workers that still need it from us
 
 
 @dataclass(frozen=True)
@@ -155,20 +153,8 @@ class Worker:
         self.report.state("waiting")
         if self.settings.eval_every:
             self._evaluate()
-        self._wait_for_start()
-
-    def _wait_for_start(self) -> None:
-        """Round 0 begins when the manifest's number of workers is there."""
-        wanted, said = self.manifest.exchange.start_workers, -1
-        while self.outer.round == 0 and not self._stop.is_set():
-            others = self.exchange.swarm()
-            here = 1 + sum(view.status["state"] not in ABSENT for view in others)
-            if here >= wanted or any(work_of(view) > 0 for view in others):
-                return
-            if here != said:
-                self.report.say(f"Waiting for workers: {here} of {wanted} are here.")
-                said = here
-            self.clock.sleep(POLL_S)
+        wanted = self.manifest.exchange.start_workers
+        wait_for_start(wanted, self.outer, self.exchange, self._stop, self.clock, self.report.say)
 
     def _hold(self) -> None:
         """Stand aside, with nothing under way, until this machine may train again; others still get state from us."""
@@ -317,19 +303,10 @@ class Worker:
 
     def _leave(self) -> None:
         if not self._stop.is_set():
-            self._finish()
+            self.report.state("finished")
+            stay_for_the_rest(self.outer, self.exchange, self._stop, self.clock)
         self.report.state("leaving")
         self._checkpoint()
         asked = self.control.finishing and not self._stop.is_set()
         self.report.stopped("finished, as you asked" if asked else self._stop_reason)
         self._courier.shutdown()
-
-    def _finish(self) -> None:
-        """Stay a moment for those that missed our last round and need it, or our state, to catch up."""
-        self.report.state("finished")
-        until = self.clock.monotonic() + FINISH_S
-        while self.clock.monotonic() < until and not self._stop.is_set():
-            active = [view for view in self.exchange.swarm() if view.status["state"] not in ABSENT]
-            if all(work_of(view) >= self.outer.tokens for view in active):
-                return
-            self.clock.sleep(POLL_S)
