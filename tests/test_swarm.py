@@ -35,14 +35,16 @@ def assert_one_theta(workers: list[WorkerProcess], at_least: int) -> None:
     assert shared >= at_least
 
 
-def test_the_transport_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("strategy", "names"), [("sparseloco", "abc"), ("diloco", "ab")])
+def test_the_transport_changes_nothing(strategy: str, names: str, tmp_path: Path) -> None:
     """With a fixed H and the same peers, an in-memory swarm and a swarm of processes end with the same theta."""
-    names, rounds = ("a", "b", "c"), 3
+    rounds = 3
     peer_ids = {name: load_or_create(tmp_path / name / "identity.key").peer_id for name in names}
     with swarm("equal", tmp_path) as real:
-        flags = (*SMALL, "--start-workers", "3", "--rounds", str(rounds), "--seed", "5")
+        flags = (*SMALL, "--start-workers", str(len(names)), "--rounds", str(rounds), "--seed", "5")
+        flags = (*flags, "--strategy", strategy)
         workers = [real.start(name, *flags) for name in names]
-        assert [worker.wait() for worker in workers] == [0, 0, 0]
+        assert [worker.wait() for worker in workers] == [0] * len(names)
         assert_one_theta(workers, rounds)
         for event in workers[0].events("round"):
             assert sorted(event["contributors"]) == sorted(peer_ids.values())

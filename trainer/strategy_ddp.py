@@ -26,6 +26,7 @@ class Ddp(Strategy):
             "codec.kind": "dense",
             "codec.dense_bits": 32,
             "strategy.feedback_decay": 1.0,
+            "exchange.exact_up_to": 1,  # the sum of whole payloads is one payload, their union many
         }
     )
 

@@ -25,6 +25,7 @@ class Diloco(Strategy):
             "strategy.outer_lr": 0.7,
             "strategy.outer_momentum": 0.9,
             "strategy.feedback_decay": 1.0,
+            "exchange.exact_up_to": 1,  # the sum of whole payloads is one payload, their union many
         }
     )
 
