@@ -131,17 +131,37 @@ def _pieces(layout: Layout, first: int, end: int) -> Iterator[tuple[int, int]]:
     yield from itertools.pairwise(edges)
 
 
+def _views(layout: Layout, tensor: torch.Tensor, a: int, b: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(number of chunks, a view of them) for chunks a to b of a piece, in order: [chunks, size], or blocks as
+    [rows of blocks, blocks in a row, 64, 64].
+    """
+    side, stride, start = dct.SIDE, int(layout.stride[a]), int(layout.start[a])
+    if stride == side:
+        size = int(layout.size[a])
+        yield b - a, tensor.reshape(-1)[start : start + (b - a) * size].view(b - a, size)
+        return
+    blocks = tensor.reshape(-1, side, stride // side, side).transpose(1, 2)
+    columns, before = stride // side, start // stride // side * (stride // side) + start % stride // side
+    done = 0
+    while done < b - a:  # the rest of a row of blocks, whole rows, the begin of a row
+        row, column = divmod(before + done, columns)
+        rows = (b - a - done) // columns if column == 0 else 0
+        count = rows * columns or min(columns - column, b - a - done)
+        yield count, blocks[row : row + max(rows, 1), column : column + (columns if rows else count)]
+        done += count
+
+
 def _gather(
     layout: Layout, tensors: Sequence[torch.Tensor], first: int, end: int, transform: Transform | None
 ) -> torch.Tensor:
     """Elements of sparse chunks first to end in chunk order, fp32 [n], transformed."""
     parts = []
     for a, b in _pieces(layout, first, end):
-        views = [layout.view(tensors[int(layout.tensor[a])], chunk) for chunk in range(a, b)]
-        piece = torch.stack([view.reshape(-1) for view in views]).to(device="cpu", dtype=torch.float32)
-        if transform and int(layout.size[a]) == layout.chunk:
-            piece = transform(piece.view(-1, dct.SIDE, dct.SIDE))
-        parts.append(piece.reshape(-1))
+        for _, view in _views(layout, tensors[int(layout.tensor[a])].detach(), a, b):
+            piece = view.to(device="cpu", dtype=torch.float32)
+            if transform and int(layout.size[a]) == layout.chunk:
+                piece = transform(piece.reshape(-1, dct.SIDE, dct.SIDE))
+            parts.append(piece.reshape(-1))
     return torch.cat(parts)
 
 
@@ -157,13 +177,12 @@ def _scatter(
     done = 0
     for a, b in _pieces(layout, first, end):
         size = int(layout.size[a])
-        piece = sums[done : done + (b - a) * size].view(b - a, size)
-        done += piece.numel()
-        if transform and size == layout.chunk:
-            piece = transform(piece.view(-1, dct.SIDE, dct.SIDE)).reshape(b - a, size)
-        for chunk, row in zip(range(a, b), piece, strict=True):
-            view = layout.view(outputs[int(layout.tensor[chunk])], chunk)
-            view.copy_(row.view(view.shape))
+        for count, view in _views(layout, outputs[int(layout.tensor[a])], a, b):
+            piece = sums[done : done + count * size]
+            done += count * size
+            if transform and size == layout.chunk:
+                piece = transform(piece.view(-1, dct.SIDE, dct.SIDE))
+            view.copy_(piece.reshape(view.shape))
 
 
 def _select(fmt: SectionFormat, values: torch.Tensor, first: int, end: int) -> Ints:
@@ -177,10 +196,12 @@ def _select(fmt: SectionFormat, values: torch.Tensor, first: int, end: int) -> I
         size, k = int(fmt.layout.size[a]), int(fmt.kept[a])
         magnitude = values[done : done + (b - a) * size].view(b - a, size).abs()
         cut = magnitude.topk(k, sorted=False).values.amin(1, keepdim=True)
-        above, equal = magnitude > cut, magnitude == cut
-        missing = k - above.sum(1, keepdim=True)
-        if int(equal.sum()) > int(missing.sum()):
-            equal &= equal.cumsum(1) <= missing
-        found.append((above | equal).flatten().nonzero().flatten() + done)
+        chosen = magnitude >= cut
+        places = chosen.flatten().nonzero().flatten()
+        if len(places) > k * len(magnitude):  # more than k reach the cut somewhere: ties
+            equal = magnitude == cut
+            missing = k - (magnitude > cut).sum(1, keepdim=True)
+            places = (chosen & (~equal | (equal.cumsum(1) <= missing))).flatten().nonzero().flatten()
+        found.append(places + done)
         done += magnitude.numel()
     return torch.cat(found).numpy()
