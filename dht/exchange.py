@@ -153,7 +153,7 @@ class DhtExchange:
             "codec": dict(codec),
             "shapes": [[name, list(shape)] for name, shape in shapes],
             "terms": {
-                "prefix": f"dtrain-{run_id}-{manifest_hash[:8].hex()}",
+                "prefix": run_prefix(run_id, manifest_hash),
                 "manifest_hash": manifest_hash,
                 "matchmaking_s": matchmaking_s,
                 "round_timeout_s": round_timeout_s,
@@ -167,10 +167,13 @@ class DhtExchange:
         }
         self._heartbeat_ttl_s = heartbeat_ttl_s
         self._round_limit_s = 2 * matchmaking_s + 2 * round_timeout_s + 2 * sender_timeout_s + 60.0
-        self.process.command("open_run", timeout_s=OPEN_TIMEOUT_S, **self._run)
+        self._enter_run()
         self._open.set()
         self.process.set_up = self._come_back
         threading.Thread(target=self._beat, args=(heartbeat_s,), daemon=True, name="heartbeat").start()
+
+    def _enter_run(self) -> None:
+        self.process.command("open_run", timeout_s=OPEN_TIMEOUT_S, **self._run)
 
     def _come_back(self) -> None:
         """A new network process takes the place of one that died: same identity, same run."""
@@ -179,7 +182,7 @@ class DhtExchange:
         reason, self._moved = self._moved or "the network process ended", ""
         self.connect()
         self.limit(**self._rates)
-        self.process.command("open_run", timeout_s=OPEN_TIMEOUT_S, **self._run)
+        self._enter_run()
         if self._status is not None:
             self.announce(self._status)  # reach and address may be others now
         self._open.set()
@@ -298,6 +301,11 @@ class DhtExchange:
         self._closing.set()
         self._open.set()
         self.process.close()
+
+
+def run_prefix(run_id: str, manifest_hash: bytes) -> str:
+    """What the run's DHT keys begin with."""
+    return f"dtrain-{run_id}-{manifest_hash[:8].hex()}"
 
 
 def _outcome(round: int, answer: Mapping[str, Any]) -> Outcome:

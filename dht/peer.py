@@ -147,9 +147,7 @@ class NetworkPeer:
         spec = CodecSpec.from_dict(args["codec"])
         await asyncio.to_thread(warm_up, spec)
         self._codec = await asyncio.to_thread(Codec, spec, shapes)
-        self._heartbeats = Heartbeats(
-            self._node, terms.prefix, ttl_s=args["heartbeat_ttl_s"], poll_s=args["heartbeat_s"]
-        )
+        self._meet(args, terms.prefix)
         faults = FaultPlan.from_environment(args["worker_pid"])
         if faults:
             streams.PIECE_BYTES = PIECE_BYTES
@@ -164,6 +162,21 @@ class NetworkPeer:
         )
         await self._averager.open(self._p2p)
         self._rounds = Rounds(self._averager, self._heartbeats, is_client=self._is_client)
+        await self._enter(args, terms.manifest_hash)
+
+    async def observe(self, args: Args) -> None:
+        """Begin to watch a run without a part in it."""
+        self._meet(args, args["prefix"])
+        await self._enter(args, args["manifest_hash"])
+
+    def _meet(self, args: Args, prefix: str) -> None:
+        self._prefix = prefix
+        self._heartbeats = Heartbeats(
+            self._node, prefix, ttl_s=args["heartbeat_ttl_s"], poll_s=args["heartbeat_s"]
+        )
+
+    async def _enter(self, args: Args, manifest_hash: bytes) -> None:
+        """See who is there, and let others find the run through us."""
         self._tasks.append(
             asyncio.create_task(manifests.publish(self._node, args["run_id"], args["manifest"]))
         )
@@ -175,7 +188,7 @@ class NetworkPeer:
             args["run_id"],
             args["worker_pid"],
             str(self._node.peer_id),
-            terms.manifest_hash.hex(),
+            manifest_hash.hex(),
             self._connection.addresses,
         )
         self._rendezvous_file = rendezvous.publish(worker)
@@ -190,11 +203,11 @@ class NetworkPeer:
 
     async def post(self, args: Args) -> None:
         if self._opened.is_set():
-            await notes.post(self._node, self._averager.terms.prefix, args["topic"], args["note"])
+            await notes.post(self._node, self._prefix, args["topic"], args["note"])
 
     async def read_notes(self, args: Args) -> dict[str, bytes]:
         await self._opened.wait()
-        return await notes.read(self._node, self._averager.terms.prefix, args["topic"])
+        return await notes.read(self._node, self._prefix, args["topic"])
 
     async def run_round(self, args: Args) -> Args:
         """Take part in a round; the reply's "verdict" is one of trainer/exchange.py's."""
@@ -283,6 +296,7 @@ COMMANDS: dict[str, Callable[[NetworkPeer, Args], Awaitable[Any]]] = {
     "find_manifests": NetworkPeer.find_manifests,
     "open_run": NetworkPeer.open_run,
     "limit": NetworkPeer.limit,
+    "observe": NetworkPeer.observe,
     "announce": NetworkPeer.announce,
     "post": NetworkPeer.post,
     "read_notes": NetworkPeer.read_notes,

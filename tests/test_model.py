@@ -23,6 +23,11 @@ SHAPE = ModelConfig(
 TRAIN = TrainConfig(inner_steps=4, batch_size=2, seq_len=32, lr=1e-2, warmup_steps=2, total_steps=40)
 
 
+def test_the_number_of_parameters_is_known_beforehand() -> None:
+    """The config's own count is that of the model which is built from it."""
+    assert SHAPE.num_params == FlatParameters(GPT(SHAPE)).num_params
+
+
 def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x and y [2, 32] with a pattern that can be learned: each token is its predecessor plus one."""
     first = torch.randint(0, 200, (2, 1), generator=torch.Generator().manual_seed(seed))

@@ -20,6 +20,7 @@ COMMANDS = {
         "what a worker may take: bandwidth, computing time, hours, traffic",
     ),
     "log": ("dtrain.trainer.cli_control", "what a worker said last"),
+    "dashboard": ("dtrain.experiments.dashboard", "watch a run, control this machine, compare experiments"),
     "bench": ("dtrain.experiments.bench", "measure speed and size side by side"),
     "demo": ("dtrain.experiments.demo", "watch a small swarm train on this machine"),
 }
@@ -30,6 +31,7 @@ Train a language model together with others, over ordinary internet links.
   dtrain demo                                see it work on this machine
   dtrain worker --run-id NAME                begin a run, or join it on this machine
   dtrain worker --run-id NAME --invite TEXT  join a run elsewhere
+  dtrain dashboard --run-id NAME             watch it in the browser
 """
 
 

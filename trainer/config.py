@@ -76,6 +76,11 @@ class ModelConfig:
     seq_len: int
     """Longest context, in tokens."""
 
+    @property
+    def num_params(self) -> int:
+        """Number of scalars in all parameters, known without building the model."""
+        return self.vocab_size * self.dim + self.num_layers * self.dim * (4 * self.dim + 2 * self.hidden_dim)
+
     def __post_init__(self) -> None:
         settle_types(self, self.SECTION)
         for name in ("vocab_size", "num_layers", "num_heads", "seq_len"):
