@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             raise
         raise UsageError(NEEDS) from None
     hub, access = Hub(), Access(args.public)
-    listener = _listen(args.port, args.public)
+    listener = listen(args.port, args.public)
     watcher = _watcher(args, run_id, invite, hub) if run_id else None
     app = create_app(
         hub=hub,
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     address = _announce(listener, access, args)
     try:
         if not args.no_browser:
-            _open_browser(address)
+            open_browser(address)
         server.run(sockets=[listener])
     finally:
         listener.close()
@@ -120,7 +120,7 @@ def _watcher(args: argparse.Namespace, run_id: str, invite: Invite | None, hub: 
     return Watcher(target, lambda snapshot: hub.publish(snapshot.to_dict()))
 
 
-def _listen(port: int | None, public: bool) -> socket.socket:
+def listen(port: int | None, public: bool) -> socket.socket:
     """A bound socket: loopback only unless the page is public. The default port gives way, a typed one does not."""
     host = "0.0.0.0" if public else "127.0.0.1"
     for choice in [DEFAULT_PORT, 0] if port is None else [port]:
@@ -149,7 +149,7 @@ def _announce(listener: socket.socket, access: Access, args: argparse.Namespace)
     return address
 
 
-def _open_browser(address: str) -> None:
+def open_browser(address: str) -> None:
     """Where there is a screen to open it on."""
     has_screen = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if sys.stdout.isatty() and has_screen:

@@ -37,7 +37,7 @@ class Access:
     """What this server lets in."""
 
     public: bool = False
-    token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(18))
 
     def refusal(self, headers: Mapping[str, str]) -> str:
         """Why a control request is refused, "" if it is not."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 import traceback
@@ -112,7 +111,8 @@ class Watcher:
         return None
 
     def _local_workers(self) -> list[rendezvous.LocalWorker]:
-        return [w for w in rendezvous.find(self.target.run_id) if w.pid != os.getpid()]
+        own = self._observer.peer_id if self._observer is not None else ""
+        return [worker for worker in rendezvous.find(self.target.run_id) if worker.peer_id != own]
 
     # ------------------------------------------------------------------ watching it
 

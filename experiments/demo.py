@@ -12,12 +12,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
 from dtrain.experiments.demo_cast import Cast, Member
+from dtrain.experiments.demo_dashboard import dashboard
 from dtrain.experiments.demo_process import DemoProcess, stop_all
 from dtrain.experiments.demo_summary import print_result, summarize
 from dtrain.experiments.demo_table import Stage
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, help="text file to train on (default: Python's own library sources)"
     )
     parser.add_argument("--preset", default="tiny", help="model size: tiny (default), small, gpt2 or medium")
+    parser.add_argument("--no-dashboard", action="store_true", help="do not show the run on a page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary's figures here")
 
 
@@ -58,8 +60,13 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; 0 if the evaluation loss fell and every live worker's digest is equal."""
     _check(args)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    with _signals_interrupt(), _scratch_folder() as base:
-        cast, stage = _set_up(args, base, console)
+    run_id = f"demo-{secrets.token_hex(4)}"
+    with ExitStack() as scene:
+        scene.enter_context(_signals_interrupt())
+        base = scene.enter_context(_scratch_folder())
+        if not args.no_dashboard:
+            scene.enter_context(dashboard(run_id, args.rounds, base, console))
+        cast, stage = _set_up(args, run_id, base, console)
         began = time.monotonic()
         try:
             with stage:
@@ -88,8 +95,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"cannot write {args.json}: type --json with a file in a folder you own")
 
 
-def _set_up(args: argparse.Namespace, base: Path, console: Console) -> tuple[Cast, Stage]:
-    run_id = f"demo-{secrets.token_hex(4)}"
+def _set_up(args: argparse.Namespace, run_id: str, base: Path, console: Console) -> tuple[Cast, Stage]:
     everyone = ["--rounds", str(args.rounds)]
     everyone += ["--eval-every", str(next(n for n in EVAL_EVERY if args.rounds % n == 0))]
     if args.data is not None:

@@ -21,12 +21,14 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class DemoProcess:
-    """One `dtrain worker`, started in a session of its own so that a terminal's Ctrl-C reaches the demo only."""
+    """One `dtrain worker`, or another command for a run, started in a session of its own: a terminal's Ctrl-C reaches the
+    demo only."""
 
-    def __init__(self, run_id: str, name: str, base: Path, flags: Sequence[str]):
+    def __init__(self, run_id: str, name: str, base: Path, flags: Sequence[str], command: str = "worker"):
         self.name, self.folder, self.log = name, base / name, base / f"{name}.log"
-        command = [sys.executable, "-m", "dtrain.trainer.cli", "worker", "--run-id", run_id, "--name", name]
-        command += ["--folder", str(self.folder), "--host", "127.0.0.1", "--threads", "1", *flags]
+        arguments = ["--run-id", run_id, "--folder", str(self.folder)]
+        if command == "worker":
+            arguments += ["--name", name, "--host", "127.0.0.1", "--threads", "1"]
         env = {
             **os.environ,
             "OMP_NUM_THREADS": "1",  # the workers share the processor
@@ -35,7 +37,7 @@ class DemoProcess:
         self.started = time.monotonic()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command,
+                [sys.executable, "-m", "dtrain.trainer.cli", command, *arguments, *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import socket
 import threading
 import time
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from dtrain.experiments.dashboard_app import create_app
 from dtrain.experiments.dashboard_guard import Access
@@ -67,6 +70,72 @@ class Actor:
             **self.changes,
         }
         return Heartbeat(self.peer_id, status)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the application answered."""
+
+    status_code: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode()
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Client:
+    """Speaks with an ASGI application without a server between."""
+
+    def __init__(self, app: Any, base: str = "http://127.0.0.1:8080"):
+        self._app, self._host = app, base.removeprefix("http://")
+
+    def get(
+        self, path: str, params: dict[str, object] | None = None, headers: dict[str, str] | None = None
+    ) -> Answer:
+        return asyncio.run(self._ask("GET", path, params or {}, headers or {}, b""))
+
+    def post(self, path: str, json_body: object, headers: dict[str, str] | None = None) -> Answer:
+        given = {"content-type": "application/json", **(headers or {})}
+        return asyncio.run(self._ask("POST", path, {}, given, json.dumps(json_body).encode()))
+
+    async def _ask(
+        self, method: str, path: str, params: dict[str, object], headers: dict[str, str], body: bytes
+    ) -> Answer:
+        bare, _, query = path.partition("?")
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": method,
+            "scheme": "http",
+            "path": bare,
+            "raw_path": bare.encode(),
+            "query_string": (query or urlencode(params)).encode(),
+            "root_path": "",
+            "headers": [(k.lower().encode(), v.encode()) for k, v in {"host": self._host, **headers}.items()],
+            "client": ("127.0.0.1", 50000),
+            "server": ("127.0.0.1", 8080),
+        }
+        sent: list[Any] = []
+        asked = asyncio.Event()
+
+        async def receive() -> dict[str, object]:
+            if asked.is_set():
+                await asyncio.Event().wait()  # we do not hang up
+            asked.set()
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: dict[str, object]) -> None:
+            sent.append(message)
+
+        await self._app(scope, receive, send)
+        told = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
+        return Answer(sent[0]["status"], told, b"".join(m.get("body", b"") for m in sent[1:]))
 
 
 class Stage:

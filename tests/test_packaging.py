@@ -22,6 +22,11 @@ FOLDERS = ("compression", "dht", "experiments", "trainer")
 SHIPPED = (*FOLDERS, "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 OTHERS = ("*.proto", "*.pyi")  # the control service as others read it, and its types
 MODULES = {path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+PAGE = {
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "experiments" / "dashboard_static").rglob("*")
+    if path.is_file()
+}
 BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
 IMPORT_NAMES = {
     "google": "protobuf",
@@ -31,7 +36,7 @@ IMPORT_NAMES = {
     "llvmlite": "numba",
     "triton": "torch",
 }  # the rest are called what they are
-EXTRAS = {"adamw8bit": "trainer/optimizers.py"}
+EXTRAS = {"adamw8bit": "trainer/optimizers.py", "dashboard": "experiments/dashboard"}
 """Extra -> where its libraries may be imported, by commands that tell who lacks them what to install."""
 OF_NVIDIA = ("nvidia-", "cuda-", "triton")  # torch pins them itself, where it needs them
 
@@ -77,10 +82,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_every_module(wheel: Path) -> None:
-    """Each source file is in the wheel below `dtrain/`, and nothing else but the metadata and OTHERS is."""
+    """Each source file is in the wheel below `dtrain/`, so is the dashboard's page; else only the metadata and OTHERS."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     others = {path.relative_to(ROOT).as_posix() for kind in OTHERS for path in (ROOT / "trainer").glob(kind)}
-    assert names == {f"dtrain/{name}" for name in MODULES | others}
+    assert names == {f"dtrain/{name}" for name in MODULES | PAGE | others}
 
 
 def test_the_wheel_brings_the_command(wheel: Path) -> None:
