@@ -147,8 +147,8 @@ def _add_run(
             return _missing("no run is watched")
         with run.history.reader() as db:
             points = curves.read(db, name, axis=axis, start=start, end=end, max_points=max_points)
-        columns = list(zip(*points)) if points else [[], [], [], []]
-        return JSONResponse(dict(zip(("time", "round", "tokens", "value"), columns)))
+        columns = ("time", "round", "tokens", "value")
+        return JSONResponse({name: [point[at] for point in points] for at, name in enumerate(columns)})
 
     @app.get("/api/events")
     def events(

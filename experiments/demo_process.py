@@ -21,8 +21,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class DemoProcess:
-    """One `dtrain worker`, or another command for a run, started in a session of its own: a terminal's Ctrl-C reaches the
-    demo only."""
+    """One `dtrain worker`, or another command for a run, started in a session of its own: a terminal's Ctrl-C
+    reaches the demo only."""
 
     def __init__(self, run_id: str, name: str, base: Path, flags: Sequence[str], command: str = "worker"):
         self.name, self.folder, self.log = name, base / name, base / f"{name}.log"

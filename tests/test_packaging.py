@@ -82,7 +82,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_every_module(wheel: Path) -> None:
-    """Each source file is in the wheel below `dtrain/`, so is the dashboard's page; else only the metadata and OTHERS."""
+    """Each source file and the dashboard's page are in the wheel below `dtrain/`; else only the metadata and OTHERS."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     others = {path.relative_to(ROOT).as_posix() for kind in OTHERS for path in (ROOT / "trainer").glob(kind)}
     assert names == {f"dtrain/{name}" for name in MODULES | PAGE | others}
