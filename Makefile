@@ -13,7 +13,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_JOBS ?= 2
 
-.PHONY: setup demo test check chaos fuzz soak nat-test proto clean
+.PHONY: browser-test dashboard-load setup demo test check chaos fuzz soak nat-test proto clean
 
 setup: $(STAMP)
 
@@ -64,6 +64,22 @@ nat-test: setup
 # After a change of trainer/control.proto.
 proto: setup
 	$(BIN)/python -m grpc_tools.protoc -Itrainer --python_out=trainer --pyi_out=trainer control.proto
+
+# The dashboard's page in a real browser: Chromium and its driver from Debian's packages, axe-core from npm's registry.
+AXE := $(VENV)/axe-core/package/axe.min.js
+
+$(AXE):
+	@mkdir -p $(VENV)/axe-core
+	cd $(VENV)/axe-core && npm pack --silent axe-core@4 && tar -xzf axe-core-*.tgz
+
+browser-test: setup $(AXE)
+	@command -v chromium && command -v chromedriver || { apt-get update && apt-get install -y chromium chromium-driver; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser-test]'
+	DTRAIN_AXE=$(CURDIR)/$(AXE) $(BIN)/pytest tests/test_browser.py -m browser $(TEST_ARGS)
+
+# 1,000 viewers for a minute, 100 that never read, a million stored points: about 4 minutes.
+dashboard-load: setup
+	$(BIN)/dtrain bench dashboard
 
 clean:
 	rm -rf $(VENV) .hypothesis .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

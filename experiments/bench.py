@@ -11,6 +11,7 @@ BENCHES = {
         "the codec against plain torch, the memory floor and the entropy",
     ),
     "exchange": ("dtrain.experiments.bench_exchange", "a round against stock hivemind and an all-gather"),
+    "dashboard": ("dtrain.experiments.dashboard_load", "the dashboard under many viewers"),
     "pace": ("dtrain.experiments.bench_pace", "what unequal machines lose to one another"),
 }
 
