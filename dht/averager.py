@@ -27,6 +27,7 @@ from dtrain.dht.faults import FaultPlan, spoil_hello
 from dtrain.dht.history import RoundHistory, RoundRecord, parse_round
 from dtrain.dht.matchmaking import RoundMatchmaking, Ticket
 from dtrain.dht.membership import Contribution, agree_on_members, pack_hello
+from dtrain.dht.reachability import CLIENT
 from dtrain.dht.rounds import RoundRunner
 from dtrain.dht.streams import StreamError, answer, ask, in_background, next_message, parse_header
 
@@ -71,7 +72,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         dht: Any,
         offer_state: Callable[[dict[str, Any]], Awaitable[Reply]],
         *,
-        client_mode: bool,
+        reach: str,
         faults: FaultPlan,
     ):
         super().__init__(
@@ -81,10 +82,11 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             prefix=terms.prefix,
             min_matchmaking_time=MIN_MATCHMAKING_S,
             request_timeout=REQUEST_TIMEOUT_S,
-            client_mode=client_mode,
+            client_mode=reach == CLIENT,
             allow_state_sharing=False,
         )
         self.terms, self.codec, self._offer_state = terms, codec, offer_state
+        self._reach = reach
         self.schema_hash = terms.manifest_hash  # peers of another manifest are refused while matchmaking
         self.history = RoundHistory()
         self._runners: OrderedDict[bytes, RoundRunner] = OrderedDict()
@@ -118,7 +120,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         said = spoil_hello(contribution, self._faults.happen("matchmaking", contribution.round))
         patience_s = max(MIN_MATCHMAKING_S, self.terms.matchmaking_s)
         ticket = Ticket(
-            data_for_gather=pack_hello(said, reduces=not self.client_mode),
+            data_for_gather=pack_hello(said, reach=self._reach),
             scheduled_time=now + patience_s,
             deadline=now + patience_s + 2 * MIN_MATCHMAKING_S,
         )

@@ -12,29 +12,28 @@ from pathlib import Path
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P, PeerID
 
+from dtrain.dht.addresses import CIRCUIT, best_first, by_peer, full, ip_of, is_loopback, is_public
 from dtrain.dht.identity import Identity, load_or_create
 from dtrain.dht.reachability import (
     CLIENT,
     DIRECT,
-    Finding,
+    RELAYED,
     ask_witnesses,
-    best_first,
-    by_peer,
     connect,
     disconnect,
-    ip_of,
-    is_loopback,
-    is_public,
     judge,
     seen_at,
 )
 from dtrain.dht.records import SignedRecords
+from dtrain.dht.relay import relayed_addresses, start_relayed, start_relaying
 from dtrain.dht.streams import in_background
 from dtrain.dht.transport import TransportError, nobody_answers, start_daemon
 
 KEEP_PERIOD_S = 0.5
 TRY_AGAIN_S = 5.0
+ANSWER_S = 3.0
 MAX_KNOWN_PEERS = 64
+RELAY_PATIENCE = 6  # looks; a reservation is briefly away while it is renewed
 
 
 @dataclass
@@ -43,8 +42,8 @@ class Connection:
 
     p2p: P2P
     node: DHTNode
-    reach: str  # "direct" or "client": whether others can dial us
-    addresses: list[str]  # where newcomers can join: here, or where we joined if nobody can dial us
+    reach: str  # "direct", "relayed" or "client": whether and how others can call us
+    addresses: list[str]  # where newcomers can join: here if others can call us, then where we joined
     known: dict[str, list[str]] = field(default_factory=dict)  # peers that can be dialled, newest last
     # Loop time before which a peer is not dialled again.
     _try_again: dict[str, float] = field(default_factory=dict)
@@ -77,9 +76,30 @@ class Connection:
         """A peer has moved: our connections to where it was look alive for most of a minute, and lead nowhere."""
         seen = await seen_at(self.p2p, PeerID.from_base58(peer))
         logging.info("%s has moved from %s to %s", peer, ", ".join(seen) or "none", ", ".join(addresses))
-        if not {ip_of(address) for address in addresses}.issuperset(seen):
+        relayed = any(CIRCUIT in address for address in addresses)
+        if not relayed and not {ip_of(address) for address in addresses}.issuperset(seen):
             await disconnect(self.p2p, PeerID.from_base58(peer))
             await connect(self.p2p, PeerID.from_base58(peer), addresses)
+
+    async def lost_relay(self) -> str:
+        """Wait until the relay through which we told others to call us is gone; a line for the user."""
+        gone = 0
+        while gone < RELAY_PATIENCE:
+            await asyncio.sleep(KEEP_PERIOD_S)
+            is_there = self.reach != RELAYED or self.addresses[0] in await relayed_addresses(self.p2p)
+            gone = 0 if is_there else gone + 1
+        return "the relay through which others reached this machine is gone"
+
+    async def answers(self) -> bool:
+        """Whether anybody of the DHT that we know is there."""
+        pings = [self.node.protocol.call_ping(PeerID.from_base58(peer)) for peer in self.known]
+        for ping in asyncio.as_completed(pings, timeout=ANSWER_S):
+            try:
+                if await ping is not None:
+                    return True
+            except asyncio.TimeoutError:
+                break
+        return False
 
     async def _find_back(self) -> None:
         """We have lost all of the DHT: hivemind's node forgets a peer that once was slow to answer, and nobody finds
@@ -89,10 +109,19 @@ class Connection:
 
 
 async def attach(
-    identity: Identity, private_folder: Path, *, host: str, port: int, peers: Sequence[str], before: str = ""
+    identity: Identity,
+    private_folder: Path,
+    *,
+    host: str,
+    port: int,
+    peers: Sequence[str],
+    before: str = "",
+    passes_on: bool = True,
+    relays: bool = True,
 ) -> Connection:
     """Join the DHT through `peers`, or begin it when there are none.
 
+    This machine `passes_on` for others if it can, and is reached through others' `relays` if nobody can dial it.
     `before` is our reach of last time when we come back to a run; then we stand alone if nobody answers, until somebody
     does. Raises TransportError otherwise, with a line for the user.
     """
@@ -100,61 +129,83 @@ async def attach(
     known.pop(identity.peer_id, None)
     if peers and not known and not before:
         raise TransportError(nobody_answers(peers))
-    p2p, reach, own = await _start(identity, private_folder, host, port, known, before)
+    p2p, reach, own = await start(identity, private_folder, host, port, known, before, passes_on, relays)
     try:
         reached = await connect_all(p2p, known)
         if known and not reached and not before:
             raise TransportError(nobody_answers(peers))
-        through = _full({peer: known[peer] for peer in reached})
+        through = full({peer: known[peer] for peer in reached})
         node = await _join(p2p, identity, through, reach, strict=not before)
     except BaseException:
         p2p._terminate()
         raise
-    return Connection(p2p, node, reach, best_first(own or through), known)
+    joinable = own if reach == DIRECT else own + through
+    return Connection(p2p, node, reach, best_first(joinable), known)
 
 
-async def _start(
+async def start(
     identity: Identity,
     private_folder: Path,
     host: str,
     port: int,
     known: Mapping[str, Sequence[str]],
     before: str,
+    passes_on: bool,
+    relays: bool,
 ) -> tuple[P2P, str, list[str]]:
     """A daemon connected with nobody yet; our reach, which it suits; the addresses at which others can dial it."""
-    reach, forwarded = "", []
     if ipaddress.IPv4Address(host).is_loopback:
         places = [place for peer in known.values() for place in peer]
-        reach = CLIENT if places and not any(is_loopback(ip_of(place)) for place in places) else DIRECT
-    elif not known:
-        reach = before or DIRECT  # there is nobody to ask
-    if reach == CLIENT:
-        return await start_daemon(identity, host=host, port=0, dialable=False), reach, []
-    p2p = await start_daemon(identity, host=host, port=port)
-    own = [str(address) for address in await p2p.get_visible_maddrs()]
-    if not reach:
-        listening = own[0].split("/tcp/")[1].split("/")[0]
-        found = await _ask_around(identity, private_folder, int(listening), known)
-        reach = judge(found) if found or not before else before
+        if places and not any(is_loopback(ip_of(place)) for place in places):
+            return await start_daemon(identity, host=host, port=0, dialable=False), CLIENT, []
+        p2p = await start_daemon(identity, host=host, port=port)
+        return p2p, DIRECT, await _listens_at(p2p)
+    # A daemon of a moment's identity, which asks others to dial ours, and calls it through relays.
+    scout = await start_daemon(load_or_create(private_folder / "scout.key"), host="127.0.0.1", port=0)
+    try:
+        return await _try_reaches(identity, scout, host, port, known, before, passes_on, relays)
+    finally:
+        await scout.shutdown()
+
+
+async def _try_reaches(
+    identity: Identity,
+    scout: P2P,
+    host: str,
+    port: int,
+    known: Mapping[str, Sequence[str]],
+    before: str,
+    passes_on: bool,
+    relays: bool,
+) -> tuple[P2P, str, list[str]]:
+    """The best of direct, relayed and client that there is. See `start`."""
+    p2p = await start_daemon(identity, host=host, port=port, passes_on=passes_on)
+    own = await _listens_at(p2p)
+    listening = int(own[0].split("/tcp/")[1].split("/")[0])
+    found = await ask_witnesses(scout, identity, listening, known)
+    # With nobody to ask we take it that we can be dialled; who comes back takes it that nothing has changed.
+    is_direct = judge(found) == DIRECT if found or (known and not before) else before in ("", DIRECT)
+    if is_direct:
+        if passes_on and any(is_public(ip_of(address)) for address in own):
+            p2p = await start_relaying(
+                identity,
+                scout,
+                p2p,
+                lambda: start_daemon(identity, host=host, port=listening, passes_on=True),
+            )
         # Public addresses at which others reach us though they are not this machine's: its router forwards the port.
         seen = {finding.seen for finding in found if finding.reached and is_public(finding.seen)}
         ips = sorted(seen - {ip_of(address) for address in own})
-        forwarded = [f"/ip4/{ip}/tcp/{listening}/p2p/{identity.peer_id}" for ip in ips]
-    if reach == DIRECT:
-        return p2p, reach, forwarded + own
+        return p2p, DIRECT, [f"/ip4/{ip}/tcp/{listening}/p2p/{identity.peer_id}" for ip in ips] + own
     await p2p.shutdown()
-    return await start_daemon(identity, host=host, port=0, dialable=False), reach, []
+    relayed = await start_relayed(identity, scout, host, port, known) if relays else None
+    if relayed is not None:
+        return relayed[0], RELAYED, relayed[1]
+    return await start_daemon(identity, host=host, port=0, dialable=False), CLIENT, []
 
 
-async def _ask_around(
-    identity: Identity, private_folder: Path, listening: int, known: Mapping[str, Sequence[str]]
-) -> list[Finding]:
-    """Whether `known` peers can dial us. The scout is a daemon of a moment's identity."""
-    scout = await start_daemon(load_or_create(private_folder / "scout.key"), host="", port=0, dialable=False)
-    try:
-        return await ask_witnesses(scout, identity, listening, known)
-    finally:
-        await scout.shutdown()
+async def _listens_at(p2p: P2P) -> list[str]:
+    return [str(address) for address in await p2p.get_visible_maddrs()]
 
 
 async def connect_all(p2p: P2P, peers: Mapping[str, Sequence[str]]) -> list[str]:
@@ -172,14 +223,10 @@ async def _join(p2p: P2P, identity: Identity, peers: Sequence[str], reach: str, 
             cache_locally=False,
             cache_nearest=0,
             cache_on_store=False,
-            client_mode=reach == CLIENT,
+            client_mode=reach != DIRECT,
             ensure_bootstrap_success=strict,
             strict=strict,
         )
     except Exception as error:  # hivemind raises several types when nobody answers
         logging.info("joining the DHT failed", exc_info=True)
         raise TransportError(f"the given peers do not answer: {str(error)[:300]}") from None
-
-
-def _full(peers: Mapping[str, Sequence[str]]) -> list[str]:
-    return [f"{place}/p2p/{peer}" for peer, places in peers.items() for place in places]

@@ -27,6 +27,8 @@ class PeerSettings:
     host: str = "0.0.0.0"  # IPv4 address to listen on
     port: int = 0  # TCP; 0 = any free one
     initial_peers: tuple[str, ...] = ()  # libp2p addresses of peers to join through
+    passes_on: bool = True  # be a relay for others, if this machine has a public address
+    relays: bool = True  # be reached through a relay, if nobody can dial this machine
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,10 @@ class DhtExchange:
         self._closing, self._open = threading.Event(), threading.Event()
         self._heartbeat_ttl_s = 0.0
         self.peer_id = ""
-        self.reach = ""  # "direct", or "client" when nobody can dial this machine; known once connected
-        self.addresses: list[str] = []  # where others can join: here, or where we did if nobody can dial us
+        self.reach = (
+            ""  # "direct", "relayed" or "client": how others can call this machine; known once connected
+        )
+        self.addresses: list[str] = []  # where others can join: here if they can call us, then where we did
         # Called with ("lost" or "back", why) around a renewal of the network process.
         self.on_change: Callable[[str, str], None] = lambda state, reason: None
         self._moved = ""
@@ -114,6 +118,8 @@ class DhtExchange:
             port=self._settings.port,
             initial_peers=[*self._settings.initial_peers, *self._known_addresses()],
             reach_before=self.reach,
+            passes_on=self._settings.passes_on,
+            relays=self._settings.relays,
         )
         self.peer_id, self.addresses, self.reach = answer["peer_id"], answer["addresses"], answer["reach"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from dtrain.compression.errors import PayloadError
@@ -21,6 +22,10 @@ NO_LEADER = (
     "nobody can dial this machine, nor any other worker that is here now: "
     "waiting for one that can be dialled; the round's work is kept"
 )
+NOBODY = (
+    "0 other workers of this run are visible; is this machine online, and is a peer up that others can dial? "
+    "Waiting; the round's work is kept"
+)
 
 Reply = dict[str, Any]
 
@@ -28,8 +33,17 @@ Reply = dict[str, Any]
 class Rounds:
     """Takes a worker through rounds, with what the heartbeats say of the others."""
 
-    def __init__(self, averager: SwarmAverager, heartbeats: Heartbeats, *, is_client: bool):
-        self._averager, self._heartbeats, self._is_client = averager, heartbeats, is_client
+    def __init__(
+        self,
+        averager: SwarmAverager,
+        heartbeats: Heartbeats,
+        *,
+        is_client: bool,
+        is_cut_off: Callable[[], Awaitable[bool]],
+    ):
+        """`is_cut_off()` tells whether nobody is seen because we cannot see, asked before we go on alone."""
+        self._averager, self._heartbeats = averager, heartbeats
+        self._is_client, self._is_cut_off = is_client, is_cut_off
 
     async def run(self, contribution: Contribution) -> Reply:
         """Take part in a round. Bounded by the manifest's times."""
@@ -42,9 +56,11 @@ class Rounds:
         while True:
             if self._heartbeats.ahead():
                 return {"verdict": "stale"}
-            if self._lacks_a_leader():
-                if time.monotonic() - started > self._averager.terms.matchmaking_s:
-                    return {"verdict": "no-group", "problem": NO_LEADER}
+            problem = await self._why_wait()
+            if problem:
+                waited = time.monotonic() - started
+                if waited > self._averager.terms.matchmaking_s:
+                    return {"verdict": "no-group", "problem": f"no group within {waited:.0f} s: {problem}"}
                 await asyncio.sleep(LOOK_AGAIN_S)
                 continue
             if not self._heartbeats.active():
@@ -64,6 +80,12 @@ class Rounds:
                     f"no group within {waited:.0f} s: {len(others)} other workers are visible; trying again"
                 )
                 return {"verdict": "no-group", "problem": problem}
+
+    async def _why_wait(self) -> str:
+        """Why there is nobody to meet, nor a reason to go on alone: that would be a run of our own. Else ""."""
+        if self._heartbeats.active():
+            return NO_LEADER if self._lacks_a_leader() else ""
+        return NOBODY if self._is_client or await self._is_cut_off() else ""
 
     def _expected(self) -> int:
         """How many peers may come to our round, ourselves included; 0 once there is nothing to meet for."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
 
-PROTOCOL_VERSION = 1
+from dtrain.dht.reachability import CLIENT, DIRECT, RELAYED
+
+PROTOCOL_VERSION = 2
 MIN_WEIGHT = 1e-9  # tokens; the codec refuses to reduce weights below it
 
 
@@ -29,10 +31,10 @@ class Member:
 
     peer_id: str
     weight: float
-    reduces: bool  # peers that nobody can dial own no span
+    reduces: bool  # who cannot be called owns no span; who can through a relay only, one if nobody else can
 
 
-def pack_hello(contribution: Contribution, *, reduces: bool) -> bytes:
+def pack_hello(contribution: Contribution, *, reach: str) -> bytes:
     """What a peer tells its group while matchmaking."""
     hello = msgpack.packb(
         {
@@ -40,7 +42,7 @@ def pack_hello(contribution: Contribution, *, reduces: bool) -> bytes:
             "round": contribution.round,
             "digest": contribution.base_digest,
             "weight": float(contribution.weight),
-            "reduces": reduces,
+            "reach": reach,
         }
     )
     assert isinstance(hello, bytes)
@@ -53,13 +55,15 @@ def agree_on_members(
     """The largest set of groupmates that stand at `round` with one base digest, in canonical order.
 
     Everybody in the group got the same metadata from the leader, so everybody comes to the same answer. Ties go to
-    the set with more weight, then to the smaller digest. A set in which nobody can be dialled cannot reduce.
+    the set with more weight, then to the smaller digest. A set in which nobody can be called cannot reduce.
     """
+    reaches: dict[str, str] = {}
     sets: dict[bytes, list[Member]] = {}
     for peer_id, raw in zip(peer_ids, gathered):
         hello = _parse_hello(raw, max_weight)
         if hello is not None and hello["round"] == round:
-            member = Member(str(peer_id), hello["weight"], hello["reduces"])
+            reaches[str(peer_id)] = hello["reach"]
+            member = Member(str(peer_id), hello["weight"], hello["reach"] != CLIENT)
             sets.setdefault(hello["digest"], []).append(member)
     sets = {digest: members for digest, members in sets.items() if any(m.reduces for m in members)}
     if not sets:
@@ -69,7 +73,11 @@ def agree_on_members(
         members = sets[digest]
         return len(members), math.fsum(m.weight for m in members), tuple(-b for b in digest)
 
-    return sorted(sets[max(sets, key=rank)], key=lambda member: member.peer_id)
+    members = sets[max(sets, key=rank)]
+    # What a relay passes on it receives and sends: it is spared that where somebody else can reduce.
+    if any(reaches[member.peer_id] == DIRECT for member in members):
+        members = [replace(member, reduces=reaches[member.peer_id] == DIRECT) for member in members]
+    return sorted(members, key=lambda member: member.peer_id)
 
 
 def _parse_hello(raw: bytes, max_weight: float) -> dict[str, Any] | None:
@@ -82,7 +90,7 @@ def _parse_hello(raw: bytes, max_weight: float) -> dict[str, Any] | None:
             and len(hello["digest"]) == 32
             and isinstance(hello["weight"], float)
             and MIN_WEIGHT <= hello["weight"] <= max_weight
-            and isinstance(hello["reduces"], bool)
+            and hello["reach"] in (DIRECT, RELAYED, CLIENT)
         )
     except Exception:  # one peer's garbage must not fail the group
         return None

@@ -26,6 +26,7 @@ from dtrain.compression.codec import Codec
 from dtrain.compression.spec import CodecSpec
 from dtrain.compression.warm_up import warm_up
 from dtrain.dht import ipc, manifests, notes, rendezvous, streams
+from dtrain.dht.addresses import ip_of
 from dtrain.dht.averager import RunTerms, SwarmAverager
 from dtrain.dht.connection import attach
 from dtrain.dht.faults import PIECE_BYTES, FaultPlan
@@ -34,7 +35,7 @@ from dtrain.dht.identity import IdentityError, load_or_create
 from dtrain.dht.matchmaking import LocalDht
 from dtrain.dht.meeting import Rounds
 from dtrain.dht.membership import Contribution
-from dtrain.dht.reachability import CLIENT, DIRECT, Witness, ip_of
+from dtrain.dht.reachability import CLIENT, DIRECT, Witness
 from dtrain.dht.roaming import LOOK_PERIOD_S, MachineWatch
 from dtrain.dht.state import StateDonor, fetch_state
 from dtrain.dht.streams import StreamError, in_background
@@ -117,6 +118,8 @@ class NetworkPeer:
             port=args["port"],
             peers=args["initial_peers"],
             before=args["reach_before"],
+            passes_on=args["passes_on"],
+            relays=args["relays"],
         )
         self._p2p, self._node = self._connection.p2p, self._connection.node
         daemon_end = asyncio.ensure_future(self._p2p._child.wait())
@@ -126,9 +129,10 @@ class NetworkPeer:
         if self._connection.reach == DIRECT:
             await Witness(self._p2p, self._seen_addresses).open()
         ips = [ip_of(place) for places in self._connection.known.values() for place in places]
+        self._watch = MachineWatch(args["host"], filter(None, ips))
         self._tasks += [
             asyncio.create_task(self._connection.keep(self._seen_addresses)),
-            asyncio.create_task(self._watch_machine(MachineWatch(args["host"], filter(None, ips)))),
+            asyncio.create_task(self._watch_machine()),
         ]
         return {
             "peer_id": identity.peer_id,
@@ -157,11 +161,16 @@ class NetworkPeer:
             self._codec,
             LocalDht(self._node),
             self._donor.offer,
-            client_mode=self._is_client,
+            reach=self._connection.reach,
             faults=faults,
         )
         await self._averager.open(self._p2p)
-        self._rounds = Rounds(self._averager, self._heartbeats, is_client=self._is_client)
+        self._rounds = Rounds(
+            self._averager,
+            self._heartbeats,
+            is_client=self._connection.reach == CLIENT,
+            is_cut_off=self._is_cut_off,
+        )
         await self._enter(args, terms.manifest_hash)
 
     async def observe(self, args: Args) -> None:
@@ -238,9 +247,11 @@ class NetworkPeer:
             return None
         return {"round": offer.round, "work": offer.work, "digest": offer.digest, "path": str(path)}
 
-    @property
-    def _is_client(self) -> bool:
-        return self._connection.reach == CLIENT
+    async def _is_cut_off(self) -> bool:
+        """Whether we would not see the others if they were there."""
+        if self._connection.reach == DIRECT:  # whoever is there would come to us
+            return self._watch.is_offline()
+        return not await self._connection.answers()
 
     def _seen_addresses(self) -> list[str]:
         """Of the peers that are there and can be dialled."""
@@ -248,11 +259,13 @@ class NetworkPeer:
 
     # ------------------------------------------------------------------ background work
 
-    async def _watch_machine(self, watch: MachineWatch) -> None:
+    async def _watch_machine(self) -> None:
         """When this machine has moved, tell the worker why and end; it starts us again, with the same identity."""
+        relay = asyncio.create_task(self._connection.lost_relay())
+        self._tasks.append(relay)
         while not self._moved:
-            await asyncio.sleep(LOOK_PERIOD_S)
-            self._moved = watch.look()
+            await asyncio.wait({relay}, timeout=LOOK_PERIOD_S)
+            self._moved = self._watch.look() or (relay.result() if relay.done() else "")
         self._send({"event": "moved", "reason": self._moved})
         self._writer.close()
 

@@ -16,15 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import base58
 import msgpack
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
-from hivemind.utils.multiaddr import Multiaddr
 
+from dtrain.dht.addresses import by_peer, ip_of, is_loopback, is_public, outside_first, to_multiaddr
 from dtrain.dht.identity import Identity, verify
 
 DIRECT = "direct"  # others can dial this machine
+RELAYED = "relayed"  # others can through a relay
 CLIENT = "client"  # nobody can: it calls others, and they never call it
 
 MAX_WITNESSES = 3
@@ -85,8 +85,8 @@ async def disconnect(p2p: P2P, peer_id: PeerID) -> None:
 
 async def connect(p2p: P2P, peer_id: PeerID, addresses: Sequence[str]) -> bool:
     """Whether there is a connection with a peer, new or old."""
-    maddrs = [Multiaddr(address) for address in addresses]
     try:
+        maddrs = [to_multiaddr(address) for address in addresses]
         await asyncio.wait_for(p2p._client.connect(peer_id, maddrs), DIAL_S)
     except Exception as error:  # hivemind raises several types when nobody answers
         logging.info("%s cannot be dialled at %s: %r", peer_id, ", ".join(addresses), error)
@@ -105,7 +105,7 @@ async def ask_witnesses(
     Peers that see us from this machine or its own network know little of the rest of the world: whom they suggest is
     asked too.
     """
-    first = dict(list(_outside_first(peers).items())[:MAX_WITNESSES])
+    first = dict(list(outside_first(peers).items())[:MAX_WITNESSES])
     found = await _ask_all(scout, identity, port, first)
     if not any(is_public(finding.seen) for finding in found):
         suggested = by_peer([address for finding in found for address in finding.others])
@@ -183,59 +183,3 @@ def _message(port: int, witness: bytes, scout: bytes) -> bytes:
     packed = msgpack.packb([_DOMAIN, port, witness, scout])
     assert isinstance(packed, bytes)
     return packed
-
-
-# ---------------------------------------------------------------------- addresses
-
-
-def by_peer(addresses: Sequence[str]) -> dict[str, list[str]]:
-    """{peer id: its addresses}. An address that is none, or names no peer, is left out."""
-    found: dict[str, list[str]] = {}
-    for address in addresses:
-        place, _, peer = address.rpartition("/p2p/")
-        try:
-            Multiaddr(address)
-            base58.b58decode(peer)
-        except Exception:  # the library raises many types
-            continue
-        if place:
-            found.setdefault(peer, []).append(place)
-    return found
-
-
-def ip_of(address: str) -> str:
-    """The IPv4 address in a libp2p address, or ""."""
-    parts = address.split("/")
-    try:
-        return str(ipaddress.IPv4Address(parts[2])) if parts[1] == "ip4" else ""
-    except (IndexError, ValueError):
-        return ""
-
-
-def is_public(ip: str) -> bool:
-    """Whether that address is one of the whole internet's."""
-    return ipaddress.IPv4Address(ip).is_global
-
-
-def is_loopback(ip: str) -> bool:
-    """Whether that is this very machine; "" is not."""
-    return bool(ip) and ipaddress.IPv4Address(ip).is_loopback
-
-
-def best_first(addresses: Sequence[str]) -> list[str]:
-    """libp2p addresses, public ones first, loopback last."""
-
-    def rank(address: str) -> int:
-        ip = ip_of(address)
-        return 2 if not ip else 0 if is_public(ip) else 3 if is_loopback(ip) else 1
-
-    return sorted(addresses, key=rank)
-
-
-def _outside_first(peers: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
-    """The same peers, those with a public address first."""
-
-    def has_none(item: tuple[str, Sequence[str]]) -> bool:
-        return not any(is_public(ip_of(a) or "127.0.0.1") for a in item[1])
-
-    return dict(sorted(peers.items(), key=has_none))

@@ -36,6 +36,7 @@ class MachineWatch:
         self._host, self._targets = host, [*peers, SOMEWHERE]
         self._addresses, self._route = addresses or own_addresses, route or source_address
         self._clock = clock or (lambda: time.time() - time.monotonic())
+        self._began_with_addresses = bool(self._here())
         self._offset = self._clock()  # grows by the time slept: the monotonic clock stands still meanwhile
         self._start_over(self._here())
 
@@ -56,6 +57,10 @@ class MachineWatch:
         now = ", ".join(sorted(leaving_from or here))
         self._start_over(here)
         return f"this machine's address changed from {', '.join(sorted(lost)) or 'none'} to {now}"
+
+    def is_offline(self) -> bool:
+        """Whether this machine has lost its last address: whoever else there is cannot be seen from here."""
+        return self._began_with_addresses and not self._here()
 
     def _start_over(self, here: set[str]) -> None:
         leaving_from = self._leaving_from(here)

@@ -24,6 +24,12 @@ from dtrain.dht.throttle import Throttle
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 BYTES_PER_MEGABIT = 125_000.0
 MESSAGE_OVERHEAD_BYTES = 128  # of TLS, multiplexing, TCP and IP, roughly; it counts against the user's rates
+RELAY_FLAGS = {
+    "relayDiscovery": False,  # with it, a relayed address takes three minutes
+    "relayDataLimit": 2**50,  # bytes per relayed connection and direction
+    "relayTimeLimit": "8760h",
+    "relayBufferSize": 2**18,  # bytes per relayed connection and direction
+}
 DAEMON_IDLE_S = 5  # the daemon ends by itself when nobody has been connected to it for this long
 
 
@@ -136,6 +142,15 @@ def _count_unary(traffic: Traffic) -> None:
     ControlClient.add_unary_handler = counted_add
 
 
+class _Daemon(P2P):  # type: ignore[misc]  # hivemind ships no types
+    """hivemind's, with the daemon's flags that it does not expose."""
+
+    @staticmethod
+    def _make_process_args(*args: Any, **flags: Any) -> list[str]:
+        made: list[str] = P2P._make_process_args(*args, **{**flags, **RELAY_FLAGS})
+        return made
+
+
 async def start_daemon(
     identity: Identity,
     *,
@@ -143,22 +158,29 @@ async def start_daemon(
     port: int,
     initial_peers: Sequence[str] = (),
     dialable: bool = True,
+    passes_on: bool = False,
+    relays: Sequence[str] = (),
 ) -> P2P:
     """Start the libp2p daemon on TCP `host`:`port` (0 = any free port). Raises TransportError.
 
-    It connects with `initial_peers` at once; one that is not `dialable` listens nowhere. TCP only: over QUIC most
-    streamed replies were lost to the hang-up race.
+    It connects with `initial_peers` at once; one that is not `dialable` listens nowhere, one that `passes_on` serves as
+    a relay (`dht/relay.py`), one with `relays` can be reached through these. TCP only: over QUIC most streamed replies
+    were lost to the hang-up race.
     """
     where: dict[str, Any] = {"no_listen": True, "host_maddrs": None, "dht_mode": "client"}
     if dialable:
         check_port(host, port)
         where = {"host_maddrs": [f"/ip4/{host}/tcp/{port}"]}
+    if passes_on:
+        where["force_reachability"] = "public"
+    if relays:
+        where.update(trusted_relays=list(relays), use_auto_relay=True, force_reachability="private")
     try:
-        return await P2P.create(
+        return await _Daemon.create(
             identity_path=str(identity.path),
             initial_peers=list(initial_peers) or None,
             check_if_identity_free=False,
-            use_relay=False,
+            use_relay=True,  # else others cannot be called through relays
             auto_nat=False,
             nat_port_map=False,
             idle_timeout=DAEMON_IDLE_S,

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
+
+PREFIX = "dtrain"  # of the namespaces, before the process id of who made them
 MASQUERADE = """
 table ip home {
   chain out { type nat hook postrouting priority 100; oifname "wan" masquerade; }
@@ -115,9 +119,23 @@ class Internet:
 
 @contextmanager
 def internet() -> Iterator[Internet]:
-    """Namespaces that are gone at the end, whatever happened."""
-    made = Internet(f"dtrain{os.getpid()}")
+    """Namespaces that are gone at the end, whatever happened; a terminated test run cleans up as an interrupted one."""
+    sweep_left_overs()
+    made = Internet(f"{PREFIX}{os.getpid()}")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield made
     finally:
         made.close()
+        signal.signal(signal.SIGTERM, before)
+
+
+def sweep_left_overs() -> None:
+    """End what a test run has left behind that was killed."""
+    for line in run("ip", "netns", "list").splitlines():
+        name = line.split(" ")[0]
+        owner = name.removeprefix(PREFIX).partition("-")[0]
+        if name.startswith(PREFIX) and owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            for pid in run("ip", "netns", "pids", name).split():
+                os.kill(int(pid), signal.SIGKILL)
+            run("ip", "netns", "del", name)

@@ -15,7 +15,7 @@ from dtrain.dht.exchange import PeerView
 from dtrain.dht.heartbeats import PeerRecord
 from dtrain.dht.history import RoundRecord
 from dtrain.dht.matchmaking import RoundMatchmaking
-from dtrain.dht.meeting import NO_LEADER, Rounds
+from dtrain.dht.meeting import NO_LEADER, NOBODY, Rounds
 from dtrain.dht.membership import Contribution
 from dtrain.trainer.exchange import can_give
 
@@ -61,8 +61,15 @@ class Averager:
         return RoundRecord(contribution.round, contribution.base_digest, ["me", "you"], aggregates=[b"ours"])
 
 
-def verdict(others: Others, *, is_client: bool) -> dict[str, Any]:
-    rounds = Rounds(Averager(), others, is_client=is_client)  # type: ignore[arg-type]
+def meeting(others: Others, is_client: bool, is_cut_off: bool = False) -> Rounds:
+    async def ask() -> bool:
+        return is_cut_off
+
+    return Rounds(Averager(), others, is_client=is_client, is_cut_off=ask)  # type: ignore[arg-type]
+
+
+def verdict(others: Others, *, is_client: bool, is_cut_off: bool = False) -> dict[str, Any]:
+    rounds = meeting(others, is_client, is_cut_off)
     return asyncio.run(rounds.run(CONTRIBUTION))
 
 
@@ -71,7 +78,17 @@ def test_who_cannot_be_dialled_waits_for_one_that_can(others: tuple[str, ...]) -
     """With nobody, or only with its like, such a worker has nobody to meet; it says so, and goes on waiting."""
     there = Others(*(record(str(n), reach=reach) for n, reach in enumerate(others)))
     reply = verdict(there, is_client=True)
-    assert reply == {"verdict": "no-group", "problem": NO_LEADER}
+    assert reply["verdict"] == "no-group"
+    assert reply["problem"] == f"no group within 1 s: {NO_LEADER if others else NOBODY}"
+
+
+@pytest.mark.parametrize("others", [(), ("direct",)])
+def test_who_sees_nobody_because_it_is_offline_waits(others: tuple[str, ...]) -> None:
+    """It says so, and does not train a run of its own meanwhile; where others are seen nobody asks."""
+    there = Others(*(record(str(n), reach=reach) for n, reach in enumerate(others)))
+    reply = verdict(there, is_client=False, is_cut_off=True)
+    assert reply["verdict"] == ("done" if others else "no-group")
+    assert others or "0 other workers of this run are visible" in reply["problem"]
 
 
 def test_who_can_be_dialled_goes_on_alone() -> None:
@@ -85,7 +102,7 @@ def test_a_leader_that_comes_ends_the_wait() -> None:
 
     async def scenario() -> dict[str, Any]:
         there = Others(record("a", reach="client"))
-        rounds = Rounds(Averager(), there, is_client=True)  # type: ignore[arg-type]
+        rounds = meeting(there, is_client=True)
         asyncio.get_running_loop().call_later(0.1, there.records.append, record("b", reach="direct"))
         return await rounds.run(CONTRIBUTION)
 

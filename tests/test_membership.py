@@ -21,13 +21,14 @@ from dtrain.dht.membership import (
     agree_on_members,
     pack_hello,
 )
+from dtrain.dht.reachability import CLIENT, DIRECT, RELAYED
 
 ROUND, MAX_WEIGHT = 7, 1e6
 DIGESTS = [bytes([n]) * 32 for n in range(3)]
 
 
-def hello(digest: int = 0, weight: float = 1.0, round: int = ROUND, reduces: bool = True) -> bytes:
-    return pack_hello(Contribution(round, DIGESTS[digest], b"", weight), reduces=reduces)
+def hello(digest: int = 0, weight: float = 1.0, round: int = ROUND, reach: str = DIRECT) -> bytes:
+    return pack_hello(Contribution(round, DIGESTS[digest], b"", weight), reach=reach)
 
 
 def raw(**changes: Any) -> bytes:
@@ -37,7 +38,7 @@ def raw(**changes: Any) -> bytes:
         "round": ROUND,
         "digest": DIGESTS[0],
         "weight": 1.0,
-        "reduces": True,
+        "reach": DIRECT,
     }
     return bytes(msgpack.packb({**fields, **changes}))
 
@@ -52,8 +53,15 @@ def ids(members: list[Member]) -> list[str]:
 
 def test_members_are_as_they_said() -> None:
     """Weight and whether a peer reduces come out as the peer said them, in the order of the peer ids."""
-    agreed = agree(["b", "a"], [hello(weight=3.0), hello(weight=5.0, reduces=False)])
+    agreed = agree(["b", "a"], [hello(weight=3.0), hello(weight=5.0, reach=CLIENT)])
     assert agreed == [Member("a", 5.0, False), Member("b", 3.0, True)]
+
+
+def test_through_a_relay_only_if_nobody_else_can() -> None:
+    """Who is reached through a relay owns a span only in a group in which nobody can be dialled directly."""
+    hidden = [hello(reach=RELAYED), hello(reach=RELAYED), hello(reach=CLIENT)]
+    assert [member.reduces for member in agree("abc", hidden)] == [True, True, False]
+    assert [member.reduces for member in agree("abcd", [*hidden, hello()])] == [False, False, False, True]
 
 
 @given(
@@ -64,7 +72,7 @@ def test_members_are_as_they_said() -> None:
                 digest=st.integers(0, 2),
                 weight=st.floats(MIN_WEIGHT, MAX_WEIGHT),
                 round=st.sampled_from([ROUND, ROUND, ROUND, ROUND + 1]),
-                reduces=st.booleans(),
+                reach=st.sampled_from([DIRECT, RELAYED, CLIENT]),
             ),
             st.binary(max_size=40),
         ),
@@ -103,7 +111,7 @@ def test_who_stands_at_another_round_is_left_out() -> None:
 
 def test_somebody_has_to_reduce() -> None:
     """A set in which nobody can be dialled is not chosen, however large; with no other set there is no round."""
-    unreachable = [hello(0, reduces=False)] * 3
+    unreachable = [hello(0, reach=CLIENT)] * 3
     assert ids(agree(["a", "b", "c", "d"], [*unreachable, hello(1)])) == ["d"]
     assert agree(["a", "b", "c"], unreachable) == []
     assert agree([], []) == []
@@ -125,7 +133,8 @@ def test_somebody_has_to_reduce() -> None:
         raw(round=float(ROUND)),
         raw(digest=b"short"),
         raw(digest="x" * 32),
-        raw(reduces=1),
+        raw(reach=1),
+        raw(reach="everywhere"),
         msgpack.packb({"version": PROTOCOL_VERSION}),
         msgpack.packb([1, 2, 3]),
         msgpack.packb(None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from netns_tools import Internet, internet, missing
 from swarm_tools import Swarm, WorkerProcess, eventually, swarm
 
 from dtrain.dht.invite import decode
+from dtrain.trainer.cli_worker import REACH_LINES
 
 pytestmark = [
     pytest.mark.netns,
@@ -68,30 +70,58 @@ def assert_one_theta(workers: list[WorkerProcess]) -> None:
         assert len({d[number] for d in digests if number in d}) == 1, f"round {number}"
 
 
+def assert_payloads_travelled(workers: list[WorkerProcess]) -> None:
+    """In its last round each worker has sent and received about its own payload or more."""
+    for worker in workers:
+        before, last = worker.events("round")[-2:]
+        for way in ("bytes_up", "bytes_down"):
+            moved = last[way] - before[way]
+            assert moved > 0.9 * last["payload_bytes"] > 0, f"{worker.name}: {moved} {way}"
+
+
 def reach_of(worker: WorkerProcess) -> str:
     return str(worker.wait_for("start")["reach"])
 
 
-def test_a_worker_that_nobody_can_dial_contributes(tmp_path: Path, net: Internet) -> None:
+@pytest.mark.parametrize("how", ["relayed", "client"])
+def test_a_worker_that_nobody_can_dial_contributes(how: str, tmp_path: Path, net: Internet) -> None:
     """Behind a masquerading router, known to nobody, a worker joins through one public peer and is in the rounds."""
     with swarm("nat-one", tmp_path) as run:
         public = begin(run, net.host("public", "20.0.0.1"), 2)
-        hidden = join(run, net.home("a", "20.0.1.1", "192.168.1"), "hidden", invite_of(public))
+        flags = ["--no-relay"] if how == "client" else []
+        hidden = join(run, net.home("a", "20.0.1.1", "192.168.1"), "hidden", invite_of(public), *flags)
         wait_for_rounds([public, hidden], 3)
-        assert (reach_of(public), reach_of(hidden)) == ("direct", "client")
-        assert "Nobody can dial this machine directly; contributing in client mode." in hidden.tail()
-        assert decode(invite_of(hidden)).addresses == decode(invite_of(public)).addresses
+        assert (reach_of(public), reach_of(hidden)) == ("direct", how)
+        assert REACH_LINES[how] in hidden.tail()
+        assert decode(invite_of(hidden)).addresses[how == "relayed" :] == decode(invite_of(public)).addresses
+        assert_payloads_travelled([public, hidden])
         assert_one_theta([public, hidden])
 
 
-def test_two_that_cannot_dial_each_other_meet(tmp_path: Path, net: Internet) -> None:
+@pytest.mark.parametrize("how", ["relayed", "client"])
+def test_two_that_cannot_dial_each_other_meet(how: str, tmp_path: Path, net: Internet) -> None:
     """Two workers behind different routers and one public peer make rounds of three; one may invite the other."""
     with swarm("nat-two", tmp_path) as run:
+        flags = ["--no-relay"] if how == "client" else []
         public = begin(run, net.host("public", "20.0.0.1"), 3)
-        hidden = [join(run, net.home("a", "20.0.1.1", "192.168.1"), "a", invite_of(public))]
-        hidden.append(join(run, net.home("b", "20.0.2.1", "192.168.1"), "b", invite_of(hidden[0])))
+        hidden = [join(run, net.home("a", "20.0.1.1", "192.168.1"), "a", invite_of(public), *flags)]
+        hidden.append(join(run, net.home("b", "20.0.2.1", "192.168.1"), "b", invite_of(hidden[0]), *flags))
         wait_for_rounds([public, *hidden], 3)
-        assert [reach_of(worker) for worker in hidden] == ["client", "client"]
+        assert [reach_of(worker) for worker in hidden] == [how, how]
+        assert_payloads_travelled([public, *hidden])
+        assert_one_theta([public, *hidden])
+
+
+def test_two_meet_through_a_relay_alone(tmp_path: Path, net: Internet) -> None:
+    """Where nobody who trains can be dialled, the relay carries the rounds."""
+    with swarm("nat-relay", tmp_path) as run:
+        public = begin(run, net.host("public", "20.0.0.1"), 3)
+        homes = {name: net.home(name, f"20.0.{n}.1", "192.168.1") for n, name in enumerate("ab", 1)}
+        hidden = [join(run, home, name, invite_of(public)) for name, home in homes.items()]
+        wait_for_rounds([public, *hidden], 1)
+        public.process.send_signal(signal.SIGSTOP)  # it trains no more; its network process goes on
+        wait_for_rounds(hidden, 3, since=time.time())
+        assert_payloads_travelled(hidden)
         assert_one_theta([public, *hidden])
 
 
@@ -129,7 +159,7 @@ def test_a_machine_that_moves_is_back_soon(who: str, tmp_path: Path, net: Intern
         assert lost["time"] - moved < NOTICED_S
         assert places[who][3].split("/")[0] in lost["reason"]
         back = workers[who].wait_for("network", lambda event: event["state"] == "back")
-        assert back["reach"] == ("client" if who == "hidden" else "direct")
+        assert back["reach"] == ("relayed" if who == "hidden" else "direct")
         wait_for_rounds([*workers.values()], 2, since=moved)
         mover = workers[who].wait_for("start")["peer_id"]
         assert mover in workers["open" if who == "hidden" else "hidden"].events("round")[-1]["contributors"]

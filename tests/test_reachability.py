@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.dht import reachability
+from dtrain.dht.addresses import best_first, by_peer, ip_of
 from dtrain.dht.connection import Connection, attach
 from dtrain.dht.identity import Identity, load_or_create
 from dtrain.dht.reachability import (
@@ -23,10 +24,7 @@ from dtrain.dht.reachability import (
     Finding,
     Witness,
     ask_witnesses,
-    best_first,
-    by_peer,
     connect,
-    ip_of,
     judge,
     pack_request,
     seen_at,
@@ -237,5 +235,8 @@ def test_who_has_lost_everybody_finds_back(folder: Path) -> None:
             await asyncio.sleep(0.05)
         keeping.cancel()
         assert len(table.uid_to_peer_id) == 1
+        assert await hidden.answers()
+        await daemons.all[0].shutdown()
+        assert not await hidden.answers()
 
     with_daemons(folder, scenario)

@@ -68,6 +68,18 @@ def test_between_two_networks_it_waits() -> None:
     )  # a network that leads nowhere else
 
 
+def test_a_machine_without_its_network_is_offline() -> None:
+    """One that never had a network is not: it can only be alone."""
+    machine = Machine({WIFI}, WIFI)
+    assert not machine.watch.is_offline()
+    machine.addresses = set()
+    assert machine.watch.is_offline()
+    assert not Machine(set()).watch.is_offline()
+    local = Machine({WIFI}, WIFI, host="127.0.0.1")
+    local.addresses = set()
+    assert not local.watch.is_offline()
+
+
 def test_a_network_that_comes_late_is_noticed() -> None:
     """A machine that began without a network connects when there is one."""
     machine = Machine(set())

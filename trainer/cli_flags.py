@@ -34,6 +34,9 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--keep-checkpoints", type=int, default=3, help="checkpoints that stay on disk")
     machine.add_argument("--host", default="0.0.0.0", help="IPv4 address to listen on")
     machine.add_argument("--port", type=int, default=0, help="TCP port to listen on; 0 = any free one")
+    machine.add_argument(
+        "--no-relay", action="store_true", help="never pass on for others, nor be reached through others"
+    )
 
 
 def add_limit_flags(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:

@@ -38,6 +38,7 @@ NOTICE_AFTER_S = 2.0
 
 REACH_LINES = {
     "direct": "Others can dial this machine.",
+    "relayed": "Nobody can dial this machine directly; others reach it through a relay.",
     "client": "Nobody can dial this machine directly; contributing in client mode.",
 }
 
@@ -140,7 +141,16 @@ class Session:
         from dtrain.dht.exchange import DhtExchange, PeerSettings
 
         args = self.args
-        exchange = DhtExchange(PeerSettings(self.folder / "identity.key", args.host, args.port, tuple(peers)))
+        settings = PeerSettings(
+            identity=self.folder / "identity.key",
+            host=args.host,
+            port=args.port,
+            initial_peers=tuple(peers),
+            # What a relay passes on is in no budget: who counts bytes is none.
+            passes_on=not args.no_relay and not self.control.limits.bounds_traffic,
+            relays=not args.no_relay,
+        )
+        exchange = DhtExchange(settings)
         self._stack.callback(exchange.close)
         self.control.traffic = exchange.traffic
         import dtrain.trainer.worker  # noqa: F401  # torch comes in while the network process starts

@@ -51,6 +51,10 @@ class Limits:
         if self.hours:
             parse_hours(self.hours)
 
+    @property
+    def bounds_traffic(self) -> bool:
+        return any((self.up_mbps, self.down_mbps, self.daily_gb, self.monthly_gb))
+
     def may_train_at(self, moment: datetime) -> bool:
         """Whether `moment` (local time) is within the hours."""
         if not self.hours:
