@@ -13,7 +13,7 @@ from netns_tools import Internet, internet, missing
 from swarm_tools import Swarm, WorkerProcess, eventually, swarm
 
 from dtrain.dht.invite import decode
-from dtrain.trainer.cli_worker import REACH_LINES
+from dtrain.trainer.cli_run import REACH_LINES
 
 pytestmark = [
     pytest.mark.netns,

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 FIND_MANIFEST_S = 20.0
 
+REACH_LINES = {
+    "direct": "Others can dial this machine.",
+    "relayed": "Nobody can dial this machine directly; others reach it through a relay.",
+    "client": "Nobody can dial this machine directly; contributing in client mode.",
+}
+
 # Flags that set something all peers of a run share, and the manifest key each one sets.
 SHARED_FLAGS = {
     "preset": "model.preset",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dtrain.trainer.cli_flags import add_limit_flags, add_machine_flags, add_run_flags, typed_limits
 from dtrain.trainer.cli_folder import worker_folder
 from dtrain.trainer.cli_run import (
+    REACH_LINES,
     begin_run,
     check_address,
     check_flags,
@@ -35,12 +36,6 @@ if TYPE_CHECKING:
     from dtrain.trainer.worker import Worker
 
 NOTICE_AFTER_S = 2.0
-
-REACH_LINES = {
-    "direct": "Others can dial this machine.",
-    "relayed": "Nobody can dial this machine directly; others reach it through a relay.",
-    "client": "Nobody can dial this machine directly; contributing in client mode.",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
