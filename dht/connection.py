@@ -26,6 +26,7 @@ from dtrain.dht.reachability import (
 )
 from dtrain.dht.records import SignedRecords
 from dtrain.dht.relay import relayed_addresses, start_relayed, start_relaying
+from dtrain.dht.roaming import LOOK_PERIOD_S, MachineWatch
 from dtrain.dht.streams import in_background
 from dtrain.dht.transport import TransportError, nobody_answers, start_daemon
 
@@ -44,6 +45,7 @@ class Connection:
     node: DHTNode
     reach: str  # "direct", "relayed" or "client": whether and how others can call us
     addresses: list[str]  # where newcomers can join: here if others can call us, then where we joined
+    watch: MachineWatch
     known: dict[str, list[str]] = field(default_factory=dict)  # peers that can be dialled, newest last
     # Loop time before which a peer is not dialled again.
     _try_again: dict[str, float] = field(default_factory=dict)
@@ -81,14 +83,31 @@ class Connection:
             await disconnect(self.p2p, PeerID.from_base58(peer))
             await connect(self.p2p, PeerID.from_base58(peer), addresses)
 
-    async def lost_relay(self) -> str:
-        """Wait until the relay through which we told others to call us is gone; a line for the user."""
+    async def lost(self) -> str:
+        """Wait until all must be made anew; why, in a line for the user."""
+        relay = asyncio.create_task(self._lost_relay())
+        try:
+            while not (moved := self.watch.look()):
+                done, _ = await asyncio.wait({relay}, timeout=LOOK_PERIOD_S)
+                if done:
+                    return "the relay through which others reached this machine is gone"
+            return moved
+        finally:
+            relay.cancel()
+
+    async def _lost_relay(self) -> None:
+        """Wait until the address through which we told others to call us is gone."""
         gone = 0
         while gone < RELAY_PATIENCE:
             await asyncio.sleep(KEEP_PERIOD_S)
             is_there = self.reach != RELAYED or self.addresses[0] in await relayed_addresses(self.p2p)
             gone = 0 if is_there else gone + 1
-        return "the relay through which others reached this machine is gone"
+
+    async def is_cut_off(self) -> bool:
+        """Whether we would not see the others if they were there."""
+        if self.reach == DIRECT:  # whoever is there would come to us
+            return self.watch.is_offline()
+        return not await self.answers()
 
     async def answers(self) -> bool:
         """Whether anybody of the DHT that we know is there."""
@@ -140,7 +159,8 @@ async def attach(
         p2p._terminate()
         raise
     joinable = own if reach == DIRECT else own + through
-    return Connection(p2p, node, reach, best_first(joinable), known)
+    ips = {ip_of(place) for places in known.values() for place in places} - {""}
+    return Connection(p2p, node, reach, best_first(joinable), MachineWatch(host, ips), known)
 
 
 async def start(

@@ -26,7 +26,6 @@ from dtrain.compression.codec import Codec
 from dtrain.compression.spec import CodecSpec
 from dtrain.compression.warm_up import warm_up
 from dtrain.dht import ipc, manifests, notes, rendezvous, streams
-from dtrain.dht.addresses import ip_of
 from dtrain.dht.averager import RunTerms, SwarmAverager
 from dtrain.dht.connection import attach
 from dtrain.dht.faults import PIECE_BYTES, FaultPlan
@@ -36,7 +35,6 @@ from dtrain.dht.matchmaking import LocalDht
 from dtrain.dht.meeting import Rounds
 from dtrain.dht.membership import Contribution
 from dtrain.dht.reachability import CLIENT, DIRECT, Witness
-from dtrain.dht.roaming import LOOK_PERIOD_S, MachineWatch
 from dtrain.dht.state import StateDonor, fetch_state
 from dtrain.dht.streams import StreamError, in_background
 from dtrain.dht.transport import Traffic, TransportError, patch_hivemind
@@ -128,11 +126,9 @@ class NetworkPeer:
         )  # without it we are deaf: end, be restarted
         if self._connection.reach == DIRECT:
             await Witness(self._p2p, self._seen_addresses).open()
-        ips = [ip_of(place) for places in self._connection.known.values() for place in places]
-        self._watch = MachineWatch(args["host"], filter(None, ips))
         self._tasks += [
             asyncio.create_task(self._connection.keep(self._seen_addresses)),
-            asyncio.create_task(self._watch_machine()),
+            asyncio.create_task(self._watch_connection()),
         ]
         return {
             "peer_id": identity.peer_id,
@@ -169,7 +165,7 @@ class NetworkPeer:
             self._averager,
             self._heartbeats,
             is_client=self._connection.reach == CLIENT,
-            is_cut_off=self._is_cut_off,
+            is_cut_off=self._connection.is_cut_off,
         )
         await self._enter(args, terms.manifest_hash)
 
@@ -247,25 +243,15 @@ class NetworkPeer:
             return None
         return {"round": offer.round, "work": offer.work, "digest": offer.digest, "path": str(path)}
 
-    async def _is_cut_off(self) -> bool:
-        """Whether we would not see the others if they were there."""
-        if self._connection.reach == DIRECT:  # whoever is there would come to us
-            return self._watch.is_offline()
-        return not await self._connection.answers()
-
     def _seen_addresses(self) -> list[str]:
         """Of the peers that are there and can be dialled."""
         return self._heartbeats.addresses() if self._opened.is_set() else []
 
     # ------------------------------------------------------------------ background work
 
-    async def _watch_machine(self) -> None:
-        """When this machine has moved, tell the worker why and end; it starts us again, with the same identity."""
-        relay = asyncio.create_task(self._connection.lost_relay())
-        self._tasks.append(relay)
-        while not self._moved:
-            await asyncio.wait({relay}, timeout=LOOK_PERIOD_S)
-            self._moved = self._watch.look() or (relay.result() if relay.done() else "")
+    async def _watch_connection(self) -> None:
+        """When it is lost, tell the worker why and end; it starts us again, with the same identity."""
+        self._moved = await self._connection.lost()
         self._send({"event": "moved", "reason": self._moved})
         self._writer.close()
 

@@ -94,7 +94,8 @@ class Watcher:
         if self._observer is None:
             # On one machine alone the loopback is enough, and no router has to be asked for anything.
             host = "127.0.0.1" if all("/ip4/127." in peer for peer in peers) else "0.0.0.0"
-            observer = Observer(PeerSettings(self.target.folder / "identity.key", host, 0, tuple(peers)))
+            identity = self.target.folder / "identity.key"
+            observer = Observer(PeerSettings(identity, host, 0, tuple(peers), passes_on=False, relays=False))
             try:
                 observer.connect()
             except BaseException:
