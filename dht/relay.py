@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -18,10 +19,10 @@ from typing import Any
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
 
-from dtrain.dht.addresses import CIRCUIT, full, ip_of, is_public, outside_first
+from dtrain.dht.addresses import CIRCUIT, ip_of, is_public, outside_first
 from dtrain.dht.identity import Identity
 from dtrain.dht.reachability import connect
-from dtrain.dht.transport import start_daemon
+from dtrain.dht.transport import TransportError, start_daemon
 from dtrain.dht.varint import field, pack_bytes, read_delimited
 
 ENOUGH_BYTES = 2**30  # that a relay must pass on per connection and direction
@@ -146,26 +147,32 @@ async def _is_relay(scout: P2P, peer: str, places: Sequence[str]) -> bool:
 async def start_relayed(
     identity: Identity, scout: P2P, host: str, port: int, peers: Mapping[str, Sequence[str]]
 ) -> tuple[P2P, list[str]] | None:
-    """A daemon that others reach through relays among `peers`, and its addresses; None when that does not work.
+    """A daemon that others reach through a relay among `peers`, and its addresses; None when that does not work.
 
-    What counts is that a megabyte comes through, both ways.
+    It gets one address of one relay: of several, libp2p waits minutes for any that it cannot use.
     """
     relays = await find_relays(scout, peers)
-    if not relays:
-        return None
-    p2p = await start_daemon(identity, host=host, port=port, relays=full(relays))
-    try:
-        await Echo().add_p2p_handlers(p2p)
-        addresses = await asyncio.wait_for(_reserved(p2p), RESERVED_WITHIN_S)
-        if await connect(scout, p2p.peer_id, [address.rpartition("/p2p/")[0] for address in addresses]):
-            sent = BytesValue(value=os.urandom(ECHO_BYTES))
-            reply = await Echo.get_stub(scout, p2p.peer_id).rpc_echo(sent, timeout=ECHO_S)
-            if reply.value == sent.value:
-                return p2p, addresses
-    except Exception as error:  # whatever it is, client mode works
-        logging.info("no relay serves: %r", error)
-    await p2p.shutdown()
+    for relay in random.sample(sorted(relays), len(relays)):
+        p2p = await start_daemon(identity, host=host, port=port, relays=[f"{relays[relay][0]}/p2p/{relay}"])
+        try:
+            return p2p, await _reach_through(scout, p2p)
+        except Exception as error:  # whatever it is, client mode works
+            logging.info("%s does not serve as a relay: %r", relay, error)
+        await p2p.shutdown()
     return None
+
+
+async def _reach_through(scout: P2P, p2p: P2P) -> list[str]:
+    """The addresses at which the daemon is reached through its relay: a megabyte has come through, both ways."""
+    await Echo().add_p2p_handlers(p2p)
+    addresses = await asyncio.wait_for(_reserved(p2p), RESERVED_WITHIN_S)
+    if not await connect(scout, p2p.peer_id, [address.rpartition("/p2p/")[0] for address in addresses]):
+        raise TransportError("its relayed address cannot be dialled")
+    sent = BytesValue(value=os.urandom(ECHO_BYTES))
+    reply = await Echo.get_stub(scout, p2p.peer_id).rpc_echo(sent, timeout=ECHO_S)
+    if reply.value != sent.value:
+        raise TransportError("it changes what it passes on")
+    return addresses
 
 
 async def relayed_addresses(p2p: P2P) -> list[str]:
