@@ -13,7 +13,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_JOBS ?= 2
 
-.PHONY: browser-test dashboard-load setup demo test check chaos fuzz soak nat-test proto clean
+.PHONY: browser-test dashboard-load setup demo test check chaos fuzz soak join-test nat-test proto clean
 
 setup: $(STAMP)
 
@@ -56,6 +56,10 @@ fuzz: setup
 # 300 fault-free rounds of four workers, about 10 minutes.
 soak: setup
 	$(BIN)/pytest tests/test_soak.py -m slow $(TEST_ARGS)
+
+# Newcomers: 25M parameters over a link that breaks, and six at once, about 10 minutes.
+join-test: setup
+	$(BIN)/pytest tests/test_state_swarm.py -m slow $(TEST_ARGS)
 
 # Workers behind routers that nobody can dial, and on machines that move, in network namespaces: Linux, as root.
 nat-test: setup

@@ -29,6 +29,7 @@ from dtrain.dht.matchmaking import RoundMatchmaking, Ticket
 from dtrain.dht.membership import Contribution, agree_on_members, pack_hello
 from dtrain.dht.reachability import CLIENT
 from dtrain.dht.rounds import RoundRunner
+from dtrain.dht.state_donor import StateDonor
 from dtrain.dht.streams import StreamError, answer, ask, in_background, next_message, parse_header
 
 REQUEST_TIMEOUT_S = 3.0  # a leader that does not answer within this is passed over
@@ -70,7 +71,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         terms: RunTerms,
         codec: Codec,
         dht: Any,
-        offer_state: Callable[[dict[str, Any]], Awaitable[Reply]],
+        donor: StateDonor,
         *,
         reach: str,
         faults: FaultPlan,
@@ -85,7 +86,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             client_mode=reach == CLIENT,
             allow_state_sharing=False,
         )
-        self.terms, self.codec, self._offer_state = terms, codec, offer_state
+        self.terms, self.codec, self._donor = terms, codec, donor
         self._reach = reach
         self.schema_hash = terms.manifest_hash  # peers of another manifest are refused while matchmaking
         self.history = RoundHistory()
@@ -158,7 +159,8 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         )
         self._running_groups[group.group_id].set_result(runner)
         await self._register(runner)
-        await runner.run()
+        with self._donor.upload.round_under_way():
+            await runner.run()
         self._faults.happen("before-report", contribution.round)
         record = runner.record(wait_s=wait_s, exchange_s=time.monotonic() - started)
         self.history.keep(record)
@@ -291,11 +293,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         self, stream: AsyncIterator[BytesValue], context: P2PContext
     ) -> AsyncIterator[BytesValue]:
         """A newcomer asks for everything it needs to stand where we stand."""
-
-        async def handle() -> Reply:
-            return await self._offer_state(await self._header(stream))
-
-        async for message in answer(stream, handle):
+        async for message in self._donor.serve(stream, lambda: self._header(stream)):
             yield message
 
     async def _header(self, stream: AsyncIterator[BytesValue]) -> dict[str, Any]:

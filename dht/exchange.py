@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dtrain.dht import ipc
 from dtrain.dht.process import RESTART_PAUSE_S, ConnectionLost, ExchangeError, NetworkProcess
+from dtrain.dht.state_files import Provider, State, StateFiles, Watch
 
 CONNECT_TIMEOUT_S = 60.0
 OPEN_TIMEOUT_S = 600.0  # on a machine's first run the codec is compiled meanwhile
@@ -29,6 +30,9 @@ class PeerSettings:
     initial_peers: tuple[str, ...] = ()  # libp2p addresses of peers to join through
     passes_on: bool = True  # be a relay for others, if this machine has a public address
     relays: bool = True  # be reached through a relay, if nobody can dial this machine
+    newcomer_mbps: float = (
+        0.0  # Mbit/s of our state that go to newcomers at most; 0 = half of what the line can do
+    )
 
 
 @dataclass(frozen=True)
@@ -56,32 +60,6 @@ class PeerView:
     age_s: float
 
 
-@dataclass(frozen=True)
-class State:
-    """See `dtrain.trainer.exchange.State`."""
-
-    round: int
-    work: float
-    digest: bytes
-    blob: bytes | memoryview
-
-
-class StateSource(Protocol):
-    """What a state provider returns; see `dtrain.trainer.exchange.State`."""
-
-    @property
-    def round(self) -> int: ...
-
-    @property
-    def work(self) -> float: ...
-
-    @property
-    def digest(self) -> bytes: ...
-
-    @property
-    def blob(self) -> bytes | memoryview: ...
-
-
 class DhtExchange:
     """One worker's place in the swarm: `connect`, `open_run`, then the calls of the `Exchange` protocol."""
 
@@ -90,8 +68,7 @@ class DhtExchange:
         self._settings = settings
         self._swarm: tuple[float, list[PeerView]] = (time.monotonic(), [])
         self._traffic = self._past_traffic = (0, 0)
-        self._on_progress: Callable[[int, int], None] | None = None
-        self._provider: Callable[[], StateSource] | None = None
+        self._state_files = StateFiles(settings.identity.parent / "transfer")
         self._status: dict[str, Any] | None = None
         self._run: dict[str, Any] = {}
         self._closing, self._open = threading.Event(), threading.Event()
@@ -151,13 +128,19 @@ class DhtExchange:
         max_weight: float,
         heartbeat_s: float,
         heartbeat_ttl_s: float,
+        pieces: Sequence[int] = (),
     ) -> None:
-        """Begin to take part in a run. `manifest` is its signed form, handed to whoever asks for it."""
+        """Begin to take part in a run. `manifest` is its signed form, handed to whoever asks for it; `pieces` are the
+        lengths in bytes that the trainer's state is cut into for newcomers (none: it gives no state)."""
+        self._state_files.sweep()
         self._run = {
             "run_id": run_id,
             "manifest": manifest,
             "codec": dict(codec),
             "shapes": [[name, list(shape)] for name, shape in shapes],
+            "pieces": list(pieces),
+            "transfer_folder": str(self._state_files.folder),
+            "newcomer_mbps": self._settings.newcomer_mbps,
             "terms": {
                 "prefix": run_prefix(run_id, manifest_hash),
                 "manifest_hash": manifest_hash,
@@ -219,18 +202,13 @@ class DhtExchange:
             self._moved = message["reason"]
             self.process.ends_on_purpose = True
             self.on_change("lost", self._moved)
-        elif message["event"] == "progress" and self._on_progress is not None:
-            self._on_progress(message["have"], message["total"])
+        else:
+            self._state_files.hear(message)
 
     def _reply(self, question: str) -> Any:
         """The network process asks for a snapshot of our state, for a newcomer."""
         assert question == "state"
-        if self._provider is None:
-            return None
-        state = self._provider()
-        path = self.process.private_folder / f"outgoing-{state.round}.safetensors"
-        path.write_bytes(state.blob)
-        return {"round": state.round, "work": state.work, "digest": state.digest, "path": str(path)}
+        return self._state_files.write()
 
     # ------------------------------------------------------------------ the Exchange protocol
 
@@ -282,23 +260,21 @@ class DhtExchange:
             return None
         return None if answer is None else _outcome(round, answer)
 
-    def fetch_state(self, on_progress: Callable[[int, int], None]) -> State | None:
-        self._on_progress = on_progress
+    def fetch_state(self, watch: Watch) -> State | None:
+        self._state_files.watch = watch
         try:
             answer = self.process.command("fetch_state", timeout_s=STATE_TIMEOUT_S)
-        except ExchangeError:
+        except ConnectionLost:
+            return None  # what is here already is kept; the next call goes on from there
+        except ExchangeError as error:
+            watch.trouble(str(error))
             return None
         finally:
-            self._on_progress = None
-        if answer is None:
-            return None
-        path = Path(answer["path"])
-        blob = path.read_bytes()
-        path.unlink()
-        return State(answer["round"], answer["work"], answer["digest"], blob)
+            self._state_files.watch = None
+        return None if answer is None else self._state_files.read(answer)
 
-    def serve_state(self, provider: Callable[[], StateSource]) -> None:
-        self._provider = provider
+    def serve_state(self, provider: Provider) -> None:
+        self._state_files.provider = provider
 
     def traffic(self) -> tuple[int, int]:
         return self._past_traffic[0] + self._traffic[0], self._past_traffic[1] + self._traffic[1]

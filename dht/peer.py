@@ -14,7 +14,6 @@ import shutil
 import signal
 import socket
 import sys
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,10 @@ from dtrain.dht.identity import IdentityError, load_or_create
 from dtrain.dht.matchmaking import LocalDht
 from dtrain.dht.meeting import Rounds
 from dtrain.dht.membership import Contribution
+from dtrain.dht.partial_state import NoSpace
 from dtrain.dht.reachability import CLIENT, DIRECT, Witness
-from dtrain.dht.state import StateDonor, fetch_state
 from dtrain.dht.streams import StreamError, in_background
+from dtrain.dht.transfer import StateTransfer
 from dtrain.dht.transport import Traffic, TransportError, patch_hivemind
 
 SNAPSHOT_TIMEOUT_S = 60.0
@@ -82,7 +82,7 @@ class NetworkPeer:
         try:
             value = await COMMANDS[message["do"]](self, message["args"])
             reply = {"id": message["id"], "value": value}
-        except (TransportError, IdentityError, StreamError) as error:
+        except (TransportError, IdentityError, StreamError, NoSpace) as error:
             reply = {"id": message["id"], "error": str(error)}
         except Exception as error:
             logging.exception("command %s failed", message["do"])
@@ -151,12 +151,19 @@ class NetworkPeer:
         faults = FaultPlan.from_environment(args["worker_pid"])
         if faults:
             streams.PIECE_BYTES = PIECE_BYTES
-        self._donor = StateDonor(self._make_snapshot)
+        self._transfer = StateTransfer(
+            args["pieces"],
+            Path(args["transfer_folder"]),
+            args["newcomer_mbps"],
+            heartbeats=self._heartbeats,
+            ask_worker=self._ask_worker,
+            tell_worker=self._send,
+        )
         self._averager = SwarmAverager(
             terms,
             self._codec,
             LocalDht(self._node),
-            self._donor.offer,
+            self._transfer.donor,
             reach=self._connection.reach,
             faults=faults,
         )
@@ -226,22 +233,10 @@ class NetworkPeer:
         return await self._rounds.fetch(args["round"])
 
     async def fetch_state(self, args: Args) -> Args | None:
-        """Download the swarm's state into a file, whose path is the reply; the worker unlinks it."""
+        """Download the swarm's state into a file, whose path is in the reply; the worker removes it."""
         await self._opened.wait()
         await self._heartbeats.refresh()
-        path = self._private / "incoming.safetensors"
-        last = [0.0]
-
-        def progress(have: int, total: int) -> None:
-            if have == total or time.monotonic() - last[0] > 0.2:
-                last[0] = time.monotonic()
-                self._send({"event": "progress", "have": have, "total": total})
-
-        donors = [record.peer_id for record in self._heartbeats.donors()]
-        offer = await fetch_state(donors, self._averager.method, path, progress)
-        if offer is None:
-            return None
-        return {"round": offer.round, "work": offer.work, "digest": offer.digest, "path": str(path)}
+        return await self._transfer.fetch(self._averager.method)
 
     def _seen_addresses(self) -> list[str]:
         """Of the peers that are there and can be dialled."""
@@ -254,10 +249,6 @@ class NetworkPeer:
         self._moved = await self._connection.lost()
         self._send({"event": "moved", "reason": self._moved})
         self._writer.close()
-
-    async def _make_snapshot(self) -> tuple[int, float, bytes, Path] | None:
-        made = await self._ask_worker("state")
-        return None if made is None else (made["round"], made["work"], made["digest"], Path(made["path"]))
 
     async def _watch_swarm(self) -> None:
         poll = asyncio.create_task(self._heartbeats.poll())

@@ -12,6 +12,7 @@ BENCHES = {
     ),
     "exchange": ("dtrain.experiments.bench_exchange", "a round against stock hivemind and an all-gather"),
     "dashboard": ("dtrain.experiments.dashboard_load", "the dashboard under many viewers"),
+    "join": ("dtrain.experiments.bench_join", "what a mass join costs those who train"),
     "pace": ("dtrain.experiments.bench_pace", "what unequal machines lose to one another"),
 }
 

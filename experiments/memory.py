@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dtrain.experiments.memory_round import Contribution, Faults
 from dtrain.experiments.memory_swarm import MemoryOutcome, MemorySwarm
-from dtrain.trainer.exchange import ABSENT, DONE, Outcome, PeerView, State
+from dtrain.trainer.exchange import ABSENT, DONE, Outcome, PeerView, Provider, State, Watch
 
 __all__ = ["Faults", "MemoryExchange", "MemoryOutcome", "MemorySwarm"]
 
@@ -27,6 +27,16 @@ class MemoryPeerView:
     peer_id: str
     status: Mapping[str, object]
     age_s: float
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """See `State`."""
+
+    round: int
+    work: float
+    digest: bytes
+    blob: memoryview
 
 
 class MemoryExchange:
@@ -80,21 +90,22 @@ class MemoryExchange:
             self._count_transfer(donor, sum(len(aggregate) for aggregate in kept[donor].aggregates))
             return replace(kept[donor], verdict=DONE, undelivered=(), problem="", wait_s=0.0, exchange_s=0.0)
 
-    def fetch_state(self, on_progress: Callable[[int, int], None]) -> State | None:
+    def fetch_state(self, watch: Watch) -> State | None:
         """See `Exchange`."""
         for donor, provider in self._donors():
+            blob = bytearray()
             try:
-                state = provider()
+                given = provider(blob.extend)
             except Exception:  # a donor that fails is passed over, as one on the network would be
                 logger.warning("%s could not give its state", donor, exc_info=True)
                 continue
             with self._swarm.changed:
-                self._count_transfer(donor, len(state.blob))
-            on_progress(len(state.blob), len(state.blob))
-            return state
+                self._count_transfer(donor, len(blob))
+            watch.progress(len(blob), len(blob))
+            return MemoryState(given.round, given.work, given.digest, memoryview(blob))
         return None
 
-    def serve_state(self, provider: Callable[[], State]) -> None:
+    def serve_state(self, provider: Provider) -> None:
         """See `Exchange`."""
         with self._swarm.changed:
             self._swarm.peer(self._peer_id).provider = provider
@@ -109,7 +120,7 @@ class MemoryExchange:
         """See `Exchange`."""
         self._swarm.leave(self._peer_id)
 
-    def _donors(self) -> list[tuple[str, Callable[[], State]]]:
+    def _donors(self) -> list[tuple[str, Provider]]:
         """Who can give state: most work first, then the theta that most share, then the smaller digest."""
         with self._swarm.changed:
             others = self._swarm.others(self._peer_id)

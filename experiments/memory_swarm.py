@@ -10,12 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dtrain.compression.codec import Codec
 from dtrain.experiments.memory_round import Contribution, Faults, GroupReducer, Reduced, agree_on_digest
-from dtrain.trainer.exchange import ABSENT, ALONE, DONE, NO_GROUP, STALE, State
+from dtrain.trainer.exchange import ABSENT, ALONE, DONE, NO_GROUP, STALE, Provider
 from dtrain.trainer.manifest import Manifest
 
 KEPT_ROUNDS = 64
@@ -48,7 +48,7 @@ class MemoryPeer:
     """time.monotonic() of a planned death; its last heartbeat then grows old."""
     next_round: int = 0
     """The round it stands at by the outcome of its last one, which its next announcement will say."""
-    provider: Callable[[], State] | None = None
+    provider: Provider | None = None
     history: OrderedDict[int, MemoryOutcome] = field(default_factory=OrderedDict)
     notes: dict[str, bytes] = field(default_factory=dict)
     bytes_up: int = 0

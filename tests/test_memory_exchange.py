@@ -279,36 +279,55 @@ def test_a_straggler_gets_a_past_round_as_it_was() -> None:
 
 
 @dataclass(frozen=True)
-class Given:
-    """A donor's state."""
+class Note:
+    """What a donor says of its state."""
 
     round: int
     work: float
-    digest: bytes
-    blob: bytes
+    digest: bytes = BASE
+    hashes: Sequence[bytes] = ()
+
+
+class Watcher:
+    """Notes how a download goes on."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def progress(self, have: int, total: int) -> None:
+        self.seen.append((have, total))
+
+    def left(self, donor: str, reason: str) -> None:
+        raise AssertionError(reason)
+
+    def trouble(self, reason: str) -> None:
+        raise AssertionError(reason)
 
 
 def test_state_comes_from_where_most_work_is_and_broken_donors_are_passed_over() -> None:
     """Most work first; a donor that fails is replaced by the next; with nobody left there is none."""
-    lab = Lab("abcd")
-    assert lab.exchanges["a"].fetch_state(lambda have, total: None) is None
+    lab, watch = Lab("abcd"), Watcher()
+    assert lab.exchanges["a"].fetch_state(watch) is None
 
-    def broken() -> Given:
+    def broken(write: Callable[[memoryview], object]) -> Note:
         raise OSError("disk")
 
-    def given(work: float) -> Callable[[], Given]:
-        return lambda: Given(4, work, BASE, b"x" * 100)
+    def given(work: float) -> Callable[[Callable[[memoryview], object]], Note]:
+        def provider(write: Callable[[memoryview], object]) -> Note:
+            write(memoryview(b"x" * 100))
+            return Note(4, work)
+
+        return provider
 
     lab.announce("b", work=10.0)
     lab.announce("c", work=30.0)
     lab.announce("d", work=20.0)
     for name, provider in (("b", given(10.0)), ("c", broken), ("d", given(20.0))):
         lab.exchanges[name].serve_state(provider)
-    seen: list[tuple[int, int]] = []
-    state = lab.exchanges["a"].fetch_state(lambda have, total: seen.append((have, total)))
+    state = lab.exchanges["a"].fetch_state(watch)
     assert state is not None
-    assert state.work == 20.0
-    assert seen[-1] == (100, 100)
+    assert (state.work, bytes(state.blob)) == (20.0, b"x" * 100)
+    assert watch.seen[-1] == (100, 100)
     assert lab.exchanges["a"].traffic() == (0, 100)
     assert lab.exchanges["d"].traffic() == (100, 0)
 

@@ -1,337 +1,273 @@
-"""Laws of how a newcomer gets the state: whole and checked, or not at all, however often a donor or a link fails."""
+"""Laws of how a newcomer gets the state: whole and checked, however often a donor or a link fails."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
-import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import msgpack
 import pytest
-from google.protobuf.wrappers_pb2 import BytesValue
-from stream_tools import Call, Handler, Line, Messages, settled
+from transfer_tools import (
+    AT_NINE,
+    OTHER,
+    PIECES,
+    STATE,
+    Donor,
+    Fault,
+    Newcomer,
+    corrupt,
+    cut_after,
+    honest,
+    once,
+    saying,
+    silent_after,
+    standing_of,
+    state_bytes,
+)
 
-from dtrain.dht import state, streams
-from dtrain.dht.state import Offer, StateDonor, fetch_state
-from dtrain.dht.streams import PIECE_BYTES, StreamError, answer, next_message, parse_header
+from dtrain.dht import partial_state, state_fetch, streams
+from dtrain.dht.partial_state import NoSpace, PartialState
 
-STATE = random.Random(1).randbytes(10 * PIECE_BYTES + 1234)
-OTHER = random.Random(2).randbytes(3 * PIECE_BYTES)
-DIGEST = hashlib.sha256(b"theta").digest()
+TOTAL = sum(PIECES)
+THREE = sum(PIECES[:3])  # bytes of any three of the first six
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short waits; what is waited for are events."""
     monkeypatch.setattr(streams, "HANG_UP_S", 0.05)
+    monkeypatch.setattr(state_fetch, "RETRY_S", 0.05)
+    monkeypatch.setattr(state_fetch, "TAKE_OVER_S", 0.1)
 
 
-class Donor:
-    """A peer with a StateDonor behind a `Line`; counts its snapshots and hears what is asked of it."""
-
-    def __init__(self, folder: Path, blob: bytes = STATE, *, round: int = 9, work: float = 1e6):
-        self.folder, self.blob, self.round, self.work = folder, blob, round, work
-        self.num_made = 0
-        self.offsets: list[int] = []
-        self.donor = StateDonor(self._make)
-        self.fault: Callable[[Handler], Handler] = lambda honest: honest
-
-    async def _make(self) -> tuple[int, float, bytes, Path] | None:
-        self.num_made += 1
-        path = self.folder / f"outgoing-{self.num_made}-{id(self)}"
-        path.write_bytes(self.blob)
-        return self.round, self.work, DIGEST, path
-
-    def handler(self, requests: Messages) -> Messages:
-        """As `SwarmAverager.rpc_fetch_state` serves it."""
-
-        async def handle() -> tuple[dict[str, Any], bytes | memoryview]:
-            header = parse_header((await next_message(requests, 30.0)).value, 0)
-            if header.get("want") == "data":
-                self.offsets.append(header["offset"])
-            return await self.offer(header)
-
-        return answer(requests, handle)
-
-    async def offer(self, header: dict[str, Any]) -> tuple[dict[str, Any], bytes | memoryview]:
-        return await self.donor.offer(header)
+def test_the_state_arrives_whole_and_from_everybody(tmp_path: Path) -> None:
+    """Three donors each give a part, no piece is sent twice, progress runs up to the total."""
+    donors = [Donor(tmp_path) for _ in "abc"]
+    for donor in donors:  # so that the fastest does not give it all
+        donor.fault = once(lambda: all(each.asked for each in donors))
+    newcomer = Newcomer(tmp_path / "in", dict(zip("abc", donors)))
+    assert newcomer.run() == AT_NINE
+    assert newcomer.received == STATE
+    assert newcomer.asked() == dict.fromkeys(range(len(PIECES)), 1)
+    assert newcomer.progress[0] == 0 and newcomer.progress[-1] == TOTAL
+    assert newcomer.progress == sorted(newcomer.progress)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]  # the donors' files are already unlinked
 
 
-def swarm_of(donors: dict[str, Donor | None], line: Line) -> Callable[[str, str], Call]:
-    """`SwarmAverager.method` for these donors; None = cannot be reached."""
-
-    async def unreachable(_: Messages) -> Messages:
-        raise ConnectionRefusedError
-
-    def method(name: str, rpc: str) -> Call:
-        assert rpc == "rpc_fetch_state"
-        donor = donors[name]
-        return unreachable if donor is None else line.call(donor.fault(donor.handler))
-
-    return method
+def test_a_donor_of_corrupt_pieces_is_caught_and_left(tmp_path: Path) -> None:
+    """The first bad piece ends it, with a named reason; not a byte of it is kept, others give that piece."""
+    liar, good = Donor(tmp_path, fault=corrupt()), Donor(tmp_path)
+    newcomer = Newcomer(tmp_path / "in", {"liar": liar, "good": good})
+    assert newcomer.run() == AT_NINE
+    assert newcomer.received == STATE
+    assert newcomer.left.keys() == {"liar"} and "is corrupt" in newcomer.left["liar"]
+    assert len(liar.asked) <= state_fetch.LANES
 
 
-def fetch(donors: dict[str, Donor | None], path: Path) -> tuple[Offer | None, list[tuple[int, int]]]:
-    """(what was fetched, the progress that was told), after all ends have hung up."""
-    progress: list[tuple[int, int]] = []
-
-    async def scenario() -> Offer | None:
-        line = Line(loses=False)  # what a donor sent before it broke off has arrived
-        offer = await fetch_state(
-            list(donors), swarm_of(donors, line), path, lambda have, total: progress.append((have, total))
-        )
-        await settled(line)
-        return offer
-
-    return asyncio.run(scenario()), progress
+@pytest.mark.parametrize("size", [32 * len(PIECES), 32, 0])
+def test_a_false_list_of_hashes_is_caught(size: int, tmp_path: Path) -> None:
+    """A list of hashes that does not have the agreed digest is never used."""
+    liar, good = Donor(tmp_path, fault=saying("hashes", bytes(size))), Donor(tmp_path)
+    newcomer = Newcomer(tmp_path / "in", {"liar": liar, "good": good})
+    assert newcomer.run() == AT_NINE
+    assert newcomer.received == STATE
+    assert not newcomer.left or "list of hashes" in newcomer.left["liar"]  # it may never have been needed
 
 
-# ---------------------------------------------------------------------- faults of a donor
+def test_a_piece_of_another_length_is_refused(tmp_path: Path) -> None:
+    """What is longer than the run's model has it is not even read."""
+    liar, good = Donor(tmp_path, fault=saying("piece", bytes(400_000))), Donor(tmp_path)
+    newcomer = Newcomer(tmp_path / "in", {"liar": liar, "good": good})
+    assert newcomer.run() == AT_NINE and newcomer.received == STATE
 
 
-def cut_after(num_pieces: int, times: int = 10**9) -> Callable[[Handler], Handler]:
-    """The first `times` downloads break off after that many pieces."""
-    left = [times]
-
-    def fault(honest: Handler) -> Handler:
-        async def handler(requests: Messages) -> Messages:
-            num_messages = 0
-            async for message in honest(requests):
-                num_messages += 1
-                if num_messages > 1 + num_pieces and left[0] > 0:
-                    left[0] -= 1
-                    return
-                yield message
-
-        return handler
-
-    return fault
+@pytest.mark.parametrize("fault", [cut_after(1), silent_after(1)])
+def test_the_pieces_of_a_vanished_donor_go_to_others(fault: Fault, tmp_path: Path) -> None:
+    """Whether its connection breaks or it falls silent: nobody waits for it, and it is not called a liar."""
+    gone, good = Donor(tmp_path, fault=fault), Donor(tmp_path)
+    newcomer = Newcomer(tmp_path / "in", {"gone": gone, "good": good})
+    assert newcomer.run() == AT_NINE
+    assert newcomer.received == STATE and not newcomer.left
 
 
-def corrupt(honest: Handler) -> Handler:
-    """One bit of the third message is wrong: the second piece of a download."""
-
-    async def handler(requests: Messages) -> Messages:
-        number = 0
-        async for message in honest(requests):
-            number += 1
-            value = message.value
-            yield BytesValue(value=value[:-1] + bytes([value[-1] ^ 1])) if number == 3 else message
-
-    return handler
-
-
-def saying(**fields: object) -> Callable[[Handler], Handler]:
-    """Answers everything with this header, whatever is asked."""
-
-    async def handler(requests: Messages) -> Messages:
-        yield BytesValue(value=msgpack.packb({"size": 0, **fields}))
-        async for _ in requests:
-            pass
-
-    return lambda _: handler
-
-
-# ---------------------------------------------------------------------- fetching
-
-
-def test_the_state_arrives_whole(tmp_path: Path) -> None:
-    """The file holds the donor's bytes, the offer says what they are, progress runs up to the total."""
-    offer, progress = fetch({"a": Donor(tmp_path)}, tmp_path / "in")
-    assert offer == Offer(9, 1e6, DIGEST, len(STATE), hashlib.sha256(STATE).digest())
-    assert (tmp_path / "in").read_bytes() == STATE
-    assert [have for have, _ in progress] == [*range(PIECE_BYTES, len(STATE), PIECE_BYTES), len(STATE)]
-    assert {total for _, total in progress} == {len(STATE)}
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]  # the donor's file is already unlinked
-
-
-def test_a_broken_download_goes_on_with_another_donor(tmp_path: Path) -> None:
-    """After a break the next donor with the same state goes on at the offset: no byte is sent twice."""
-    first, second, third = Donor(tmp_path), Donor(tmp_path), Donor(tmp_path)
-    first.fault, second.fault = cut_after(3), cut_after(4)
-    offer, progress = fetch({"a": first, "b": second, "c": third}, tmp_path / "in")
-    assert offer is not None and (tmp_path / "in").read_bytes() == STATE
-    assert (first.offsets, second.offsets, third.offsets) == ([0], [3 * PIECE_BYTES], [7 * PIECE_BYTES])
-    assert len(progress) == 11
-
-
-def test_a_single_donor_may_break_and_come_back(tmp_path: Path) -> None:
-    """One donor whose link breaks again and again is asked again, each time from where it stopped."""
-    donor = Donor(tmp_path)
-    donor.fault = cut_after(3, times=3)
-    offer, _ = fetch({"a": donor}, tmp_path / "in")
-    assert offer is not None and (tmp_path / "in").read_bytes() == STATE
-    assert donor.offsets == [0, 3 * PIECE_BYTES, 6 * PIECE_BYTES, 9 * PIECE_BYTES]
-    assert donor.num_made == 1
-
-
-def test_a_corrupt_piece_is_noticed_and_fetched_again(tmp_path: Path) -> None:
-    """A donor that serves a wrong bit is found out by the hash of the whole; another donor's bytes are taken."""
-    liar, honest = Donor(tmp_path), Donor(tmp_path)
-    liar.fault = corrupt
-    offer, _ = fetch({"a": liar, "b": honest}, tmp_path / "in")
-    assert offer is not None and (tmp_path / "in").read_bytes() == STATE
-    assert (liar.offsets, honest.offsets) == ([0], [0])
-
-
-@pytest.mark.parametrize("fault", [corrupt, cut_after(0)])
-def test_a_state_that_never_arrives_is_given_up(fault: Callable[[Handler], Handler], tmp_path: Path) -> None:
-    """When every donor fails every time there is no state, and no half of one is left on disk."""
-    donor = Donor(tmp_path)
-    donor.fault = fault
-    assert fetch({"a": donor}, tmp_path / "in")[0] is None
-    assert len(donor.offsets) == state.ROUNDS_OF_DONORS
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_nobody_to_give_is_no_state(tmp_path: Path) -> None:
-    """Without donors, or with unreachable and refusing ones only, the answer is None."""
-
-    class Newcomer(Donor):
-        async def _make(self) -> None:
-            return None
-
-    swarms: list[dict[str, Donor | None]] = [{}, {"gone": None}, {"gone": None, "new": Newcomer(tmp_path)}]
-    for donors in swarms:
-        assert fetch(donors, tmp_path / "in") == (None, [])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_state_with_the_most_work_is_taken(tmp_path: Path) -> None:
-    """Of different states the one with more work behind it is fetched, and only from those who have it."""
-    poor, rich, gone = Donor(tmp_path, OTHER, work=9e5), Donor(tmp_path, STATE, work=1e6), None
-    offer, _ = fetch({"a": poor, "b": gone, "c": rich}, tmp_path / "in")
-    assert offer is not None and offer.work == 1e6
-    assert (tmp_path / "in").read_bytes() == STATE and poor.offsets == []
-
-
-GOOD = {"round": 9, "work": 2e6, "digest": DIGEST, "total": 5, "sha256": bytes(32)}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"total": 0},
-        {"total": -5},
-        {"total": 2**60},
-        {"total": 5.0},
-        {"digest": 2**62},  # bytes(2**62) would ask for that much memory
-        {"digest": b"short"},
-        {"sha256": "x" * 32},
-        {"sha256": None},
-        {"work": math.nan},
-        {"work": math.inf},
-        {"work": -1.0},
-        {"work": "2e6"},
-        {"round": -1},
-        {"round": "9"},
-        {"round": None},
-    ],
-)
-def test_a_malformed_offer_is_none(changes: dict[str, object], tmp_path: Path) -> None:
-    """An offer that cannot be is passed over, and the honest donor beside it gives the state."""
-    liar, honest = Donor(tmp_path), Donor(tmp_path)
-    liar.fault = saying(**{**GOOD, **changes})
-    offer, _ = fetch({"a": liar, "b": honest}, tmp_path / "in")
-    assert offer is not None and offer.work == 1e6
-    assert (tmp_path / "in").read_bytes() == STATE
-
-
-def test_a_donor_cannot_send_more_than_it_offered(tmp_path: Path) -> None:
-    """A donor that goes on past the offered size is cut off there, and what came of it is fetched again."""
-
-    class Deaf(Donor):
-        """Sends everything from the beginning, whatever offset was asked for."""
-
-        async def offer(self, header: dict[str, Any]) -> tuple[dict[str, Any], bytes | memoryview]:
-            return await self.donor.offer({**header, "offset": 0})
-
-    first, deaf, third = Donor(tmp_path), Deaf(tmp_path), Donor(tmp_path)
-    first.fault = cut_after(3, times=1)
-    offer, progress = fetch({"a": first, "b": deaf, "c": third}, tmp_path / "in")
-    assert offer is not None and (tmp_path / "in").read_bytes() == STATE
-    assert max(have for have, _ in progress) == len(STATE)
-    assert (first.offsets, deaf.offsets, third.offsets) == ([0, 0], [3 * PIECE_BYTES], [10 * PIECE_BYTES])
-
-
-# ---------------------------------------------------------------------- giving
-
-
-def test_newcomers_share_a_snapshot(tmp_path: Path) -> None:
-    """Newcomers that come together, or soon after each other, get one snapshot: the trainer is asked once."""
-    donor = Donor(tmp_path)
+def test_a_broken_download_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """After two breaks, of the link and of the newcomer itself, no piece that had arrived is fetched again."""
 
     async def scenario() -> None:
-        offers = await asyncio.gather(*(donor.donor.offer({"want": "offer"}) for _ in range(5)))
-        assert all(offer == offers[0] for offer in offers)
-        assert await donor.donor.offer({"want": "offer"}) == offers[0]
+        donor = Donor(tmp_path, fault=cut_after(3))
+        await Newcomer(tmp_path / "in", {"a": donor}).fetch_part(THREE)
+        donor.fault = cut_after(2)
+        await Newcomer(tmp_path / "in", {"a": donor}).fetch_part(sum(PIECES[:5]))
+        donor.fault = honest
+        donor.asked.clear()
+        last = Newcomer(tmp_path / "in", {"a": donor})
+        assert await last.fetch() == AT_NINE
+        assert last.received == STATE
+        assert last.progress[0] == sum(PIECES[:5])
+        assert len(donor.asked) == len(PIECES) - 5
+
+    asyncio.run(scenario())
+
+
+def test_a_damaged_file_is_mended(tmp_path: Path) -> None:
+    """What a crash tore on the newcomer's disk does not count as there: its pieces are fetched anew."""
+
+    async def scenario() -> None:
+        donor = Donor(tmp_path, fault=cut_after(3))
+        first = Newcomer(tmp_path / "in", {"a": donor})
+        await first.fetch_part(THREE)
+        with first.partial.path.open("r+b") as file:
+            file.write(bytes(1000))  # piece 0, which was among the first to be asked for
+        donor.fault = honest
+        donor.asked.clear()
+        last = Newcomer(tmp_path / "in", {"a": donor})
+        assert await last.fetch() == AT_NINE
+        assert last.received == STATE
+        assert 0 in donor.asked and len(donor.asked) == len(PIECES) - 2
+
+    asyncio.run(scenario())
+
+
+def test_a_download_survives_the_runs_moving_on(tmp_path: Path) -> None:
+    """Donors that have taken outer steps meanwhile still give the state that the download began with."""
+
+    async def scenario() -> None:
+        donor = Donor(tmp_path, fault=cut_after(3))
+        await Newcomer(tmp_path / "in", {"a": donor}).fetch_part(THREE)
+        donor.fault = honest
+        donor.move_to(OTHER, 12, 2e6)
+        assert await Newcomer(tmp_path / "in", {"a": donor}).fetch() == AT_NINE
         assert donor.num_made == 1
 
     asyncio.run(scenario())
 
 
-def test_an_old_snapshot_is_replaced_but_serves_on(tmp_path: Path) -> None:
-    """After FRESH_S a new one is made; a download of the old one goes on until nobody has asked for UNUSED_S."""
+def test_a_state_that_everybody_has_dropped_is_begun_anew(tmp_path: Path) -> None:
+    """When no donor has the begun state any more the newest is taken, and nothing of the old is left in it."""
+    newcomer = Newcomer(tmp_path / "in", {"a": Donor(tmp_path, fault=cut_after(3))})
+    asyncio.run(newcomer.fetch_part(THREE))
+    again = Newcomer(tmp_path / "in", {"a": Donor(tmp_path, OTHER, 99, 9e6)})
+    assert again.run() == standing_of(OTHER, 99, 9e6)
+    assert again.received == OTHER
+
+
+def test_all_donors_give_the_state_that_was_chosen(tmp_path: Path) -> None:
+    """A donor that holds an older snapshot for somebody else takes one of the chosen state too: all give at once."""
+
+    async def scenario() -> None:
+        behind, ahead = Donor(tmp_path, OTHER, 7, 5e5), Donor(tmp_path)
+        await behind.ask(want="offer", digest=b"")  # somebody's snapshot of round 7
+        behind.move_to(STATE, 9, 1e6)
+        behind.fault = ahead.fault = once(lambda: bool(behind.asked and ahead.asked))
+        assert await Newcomer(tmp_path / "in", {"a": behind, "b": ahead}).fetch() == AT_NINE
+
+    asyncio.run(scenario())
+
+
+def test_what_several_donors_have_counts_more_than_what_one_says(tmp_path: Path) -> None:
+    """A lone donor's claim of much work does not win over a state that two agree on; else the most work wins."""
+    lone = Donor(tmp_path, OTHER, 9, 1e12)
+    agreeing = {"a": Donor(tmp_path), "b": Donor(tmp_path), "lone": lone}
+    assert Newcomer(tmp_path / "in", dict(agreeing)).run() == AT_NINE
+    assert lone.asked == []
+    pair = {"poor": Donor(tmp_path, OTHER, 9, 9e5), "gone": None, "rich": Donor(tmp_path)}
+    assert Newcomer(tmp_path / "pair", dict(pair)).run() == AT_NINE
+
+
+def test_a_state_with_less_work_than_ours_is_not_fetched(tmp_path: Path) -> None:
+    """A newcomer with a checkpoint of its own does not go back behind it."""
     donor = Donor(tmp_path)
-
-    def pass_time(seconds: float) -> None:
-        for snapshot in donor.donor._snapshots:
-            snapshot.made -= seconds
-            snapshot.used -= seconds
-
-    async def scenario() -> None:
-        old, _ = await donor.donor.offer({"want": "offer"})
-        want = {"want": "data", "sha256": old["sha256"], "offset": 7}
-        donor.blob, donor.round = OTHER, 10
-        pass_time(state.FRESH_S + 1)
-        new, _ = await donor.donor.offer({"want": "offer"})
-        assert (new["round"], new["total"], donor.num_made) == (10, len(OTHER), 2)
-        pass_time(state.UNUSED_S - 10)
-        assert bytes((await donor.donor.offer(want))[1]) == STATE[7:]
-        pass_time(state.UNUSED_S - 10)
-        await donor.donor.offer({"want": "offer"})
-        assert bytes((await donor.donor.offer(want))[1]) == STATE[7:]
-        pass_time(state.UNUSED_S + 1)
-        await donor.donor.offer({"want": "offer"})
-        with pytest.raises(StreamError, match="no longer here"):
-            await donor.donor.offer(want)
-
-    asyncio.run(scenario())
+    assert Newcomer(tmp_path / "in", {"a": donor}, least_work=2e6).run() is None
+    assert donor.asked == []
 
 
-@pytest.mark.parametrize("offset", [-1, len(STATE) + 1, None, "0", 1.0, 2**70])
-def test_only_what_is_there_can_be_asked_for(offset: object, tmp_path: Path) -> None:
-    """An offset outside the state, or something that is none, is refused; so is an unknown state."""
+def test_a_download_that_gets_nowhere_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After GIVE_UP_S without a piece there is no state for now; what is here stays."""
+    monkeypatch.setattr(state_fetch, "GIVE_UP_S", 0.3)
+    newcomer = Newcomer(tmp_path / "in", {"a": Donor(tmp_path, fault=cut_after(0))})
+    assert newcomer.run() is None
+    assert newcomer.partial.path.exists()
+
+
+def test_nobody_to_give_is_no_state(tmp_path: Path) -> None:
+    """Without donors, or with unreachable ones only, the answer is None and nothing is put on disk."""
+    for number, donors in enumerate(({}, {"gone": None})):
+        assert Newcomer(tmp_path / str(number), dict(donors)).run() is None
+        assert list((tmp_path / str(number)).iterdir()) == []
+
+
+def test_nothing_is_begun_that_the_disk_cannot_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state larger than the free space is refused with a line that says how much is needed, before any byte."""
+    monkeypatch.setattr(partial_state, "SPARE_BYTES", 2**60)
     donor = Donor(tmp_path)
-
-    async def scenario() -> None:
-        offer, _ = await donor.donor.offer({"want": "offer"})
-        want = {"want": "data", "sha256": offer["sha256"]}
-        with pytest.raises(StreamError, match="no such offset"):
-            await donor.donor.offer({**want, "offset": offset})
-        for sha256 in (bytes(32), None, [1]):
-            with pytest.raises(StreamError, match="no longer here"):
-                await donor.donor.offer({"want": "data", "sha256": sha256, "offset": 0})
-        assert bytes((await donor.donor.offer({**want, "offset": len(STATE)}))[1]) == b""
-
-    asyncio.run(scenario())
+    with pytest.raises(NoSpace, match=r"need 0\.00 GB in .*--folder"):
+        Newcomer(tmp_path / "in", {"a": donor}).run()
+    assert donor.asked == [] and list((tmp_path / "in").iterdir()) == []
 
 
-def test_a_trainer_that_has_nothing_yet_is_a_refusal(tmp_path: Path) -> None:
-    """A donor without a state refuses, and is asked anew next time."""
-    answers: list[tuple[int, float, bytes, Path] | None] = [None, (1, 2.0, DIGEST, tmp_path / "out")]
-    (tmp_path / "out").write_bytes(b"state")
+def test_a_failing_disk_is_not_the_donors_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of our own disk ends the download with that error; no donor is left for it."""
 
-    async def make() -> tuple[int, float, bytes, Path] | None:
-        return answers.pop(0)
+    def full(self: PartialState, index: int, piece: bytes) -> None:
+        raise OSError(28, "No space left on device")
 
-    async def scenario() -> None:
-        donor = StateDonor(make)
-        with pytest.raises(StreamError, match="no state to give yet"):
-            await donor.offer({"want": "offer"})
-        assert (await donor.offer({"want": "offer"}))[0]["total"] == 5
+    monkeypatch.setattr(PartialState, "write", full)
+    newcomer = Newcomer(tmp_path / "in", {"a": Donor(tmp_path)})
+    with pytest.raises(OSError, match="No space left"):
+        newcomer.run()
+    assert not newcomer.left
 
-    asyncio.run(scenario())
+
+D = bytes(32)
+
+
+@pytest.mark.parametrize(
+    "states",
+    [
+        None,
+        [[9, 1e6, D]] * 5,
+        [[9, 1e6]],
+        [[9, 1e6, D, 0]],
+        [[9, 1e6, b"short"]],
+        [[9, 1e6, 2**62]],  # bytes(2**62) would ask for that much memory
+        [[9, math.nan, D]],
+        [[9, math.inf, D]],
+        [[9, -1.0, D]],
+        [[9, "2e6", D]],
+        [[-1, 1e6, D]],
+        [["9", 1e6, D]],
+        [[2**63, 1e6, D]],
+        [[None, 1e6, D]],
+        [7],
+    ],
+)
+def test_a_malformed_offer_is_left(states: object, tmp_path: Path) -> None:
+    """A donor whose offer cannot be is left with a reason, and the honest one beside it gives the state."""
+    liar, good = Donor(tmp_path, fault=saying("offer", states=states)), Donor(tmp_path)
+    newcomer = Newcomer(tmp_path / "in", {"liar": liar, "good": good})
+    assert newcomer.run() == AT_NINE and newcomer.received == STATE
+    assert newcomer.left.keys() == {"liar"} and liar.asked == []
+
+
+def test_a_note_that_cannot_be_read_is_no_download(tmp_path: Path) -> None:
+    """Rubbish in the folder, or the beginnings of another model's state, is passed over."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "incoming.json").write_text('{"round": 9, "work": "many"}')
+    (folder / "incoming.state").write_bytes(b"x" * 7)
+    newcomer = Newcomer(folder, {"a": Donor(tmp_path)})
+    assert newcomer.partial.standing is None
+    assert newcomer.run() == AT_NINE and newcomer.received == STATE
+
+
+def test_newcomers_at_once_all_get_it(tmp_path: Path) -> None:
+    """Six newcomers share the donors and one snapshot of each."""
+    donors: dict[str, Donor | None] = {name: Donor(tmp_path, state_bytes(3), 4, 3e5) for name in "abc"}
+    newcomers = [Newcomer(tmp_path / str(n), donors) for n in range(6)]
+
+    async def all_at_once() -> None:
+        await asyncio.gather(*(newcomer.fetch() for newcomer in newcomers))
+
+    asyncio.run(all_at_once())
+    assert all(newcomer.received == state_bytes(3) for newcomer in newcomers)
+    assert [donor.num_made for donor in donors.values() if donor is not None] == [1, 1, 1]

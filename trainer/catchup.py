@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from dtrain.trainer.checkpoint import unpack
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
-from dtrain.trainer.errors import CheckpointError
-from dtrain.trainer.exchange import Exchange, PeerView, can_give, work_of
+from dtrain.trainer.download import DownloadReport
+from dtrain.trainer.errors import CheckpointError, RunError
+from dtrain.trainer.exchange import Exchange, Outcome, PeerView, can_give, work_of
 from dtrain.trainer.outer_loop import OuterLoop
 
-REPLAY_AT_MOST = 64  # rounds; beyond that theta itself is the smaller download
+REPLAY_AT_MOST = 64  # rounds; peers keep no more
 PAUSE_S = 0.5
-PATIENCE_S = 120.0  # after this long without any donor we go on with what we have
-
-Say = Callable[[str], None]
+PATIENCE_S = 120.0  # after this long without any progress we go on with what we have
 
 
-def catch_up(outer: OuterLoop, exchange: Exchange, say: Say, clock: Clock = SYSTEM_CLOCK) -> bool:
+def catch_up(
+    outer: OuterLoop, exchange: Exchange, report: DownloadReport, clock: Clock = SYSTEM_CLOCK
+) -> bool:
     """Bring theta to where the others stand; True if anything had to be fetched.
 
     Of two histories the one with more work (tokens) in it is the run's. Missed rounds are fetched and replayed where
-    they continue our own theta; otherwise theta is downloaded. Returns when nobody visible is ahead.
+    they continue our own theta and are fewer bytes than the state; otherwise the state is downloaded, and the rounds
+    that passed meanwhile are replayed on it. Returns when nobody visible is ahead. RunError if this machine cannot
+    take the state.
     """
-    fetched, until = False, clock.monotonic() + PATIENCE_S
-    while (best := _ahead(outer, exchange)) and clock.monotonic() < until:
-        if _replay(outer, exchange, best) or _download(outer, exchange, say, clock):
+    fetched = downloaded = False
+    last, have = clock.monotonic(), 0
+    while (best := _ahead(outer, exchange)) and clock.monotonic() - last < PATIENCE_S:
+        missed = _missed_round(outer, exchange, best)
+        if missed is not None and (downloaded or _is_shorter(missed, outer, best)):
+            outer.step(missed.aggregates)
             fetched = True
-        else:
+        elif _download(outer, exchange, report):
+            fetched = downloaded = True
+        elif missed is not None:  # nobody gives a state
+            outer.step(missed.aggregates)
+            fetched = True
+        elif report.have_bytes == have:
             clock.sleep(PAUSE_S)  # who is ahead may be gone: its heartbeat runs out, or another donor appears
+            continue
+        last, have = clock.monotonic(), report.have_bytes
     return fetched
 
 
@@ -44,35 +54,33 @@ def _ahead(outer: OuterLoop, exchange: Exchange) -> PeerView | None:
     return best
 
 
-def _replay(outer: OuterLoop, exchange: Exchange, best: PeerView) -> bool:
-    """Apply the next missed round, if somebody has it and it continues our theta."""
-    missed = int(str(best.status["round"])) - outer.round
-    if not 0 < missed <= REPLAY_AT_MOST:
-        return False
+def _num_missed(outer: OuterLoop, best: PeerView) -> int:
+    return int(str(best.status["round"])) - outer.round
+
+
+def _missed_round(outer: OuterLoop, exchange: Exchange, best: PeerView) -> Outcome | None:
+    """The next missed round, if somebody has it and it continues our theta."""
+    if not 0 < _num_missed(outer, best) <= REPLAY_AT_MOST:
+        return None
     outcome = exchange.fetch_round(outer.round)
-    if outcome is None or outcome.base_digest != outer.digest:
-        return False
-    outer.step(outcome.aggregates)
-    return True
+    return outcome if outcome is not None and outcome.base_digest == outer.digest else None
 
 
-def _download(outer: OuterLoop, exchange: Exchange, say: Say, clock: Clock) -> bool:
-    shown = [-1.0]
+def _is_shorter(missed: Outcome, outer: OuterLoop, best: PeerView) -> bool:
+    """Whether replaying costs fewer bytes than the state, going by the first of the missed rounds."""
+    round_bytes = sum(len(aggregate) for aggregate in missed.aggregates)
+    return _num_missed(outer, best) * round_bytes < sum(outer.pieces)
 
-    def progress(have: int, total: int) -> None:
-        if have == total or clock.monotonic() - shown[0] > 2.0:
-            shown[0] = clock.monotonic()
-            say(f"Downloading the run's weights: {have / 1e6:.1f} of {total / 1e6:.1f} MB.")
 
-    state = exchange.fetch_state(progress)
-    if state is None or state.work < outer.tokens:
+def _download(outer: OuterLoop, exchange: Exchange, report: DownloadReport) -> bool:
+    report.begin()
+    state = exchange.fetch_state(report)
+    if report.trouble_text:
+        raise RunError(report.trouble_text)
+    if state is None or state.work < outer.tokens or state.digest == outer.digest:
         return False
     try:
-        checkpoint = unpack(state.blob)
-    except CheckpointError as error:
-        say(f"a donor's weights are unusable ({error}); trying again")
+        outer.take_over(state)
+    except CheckpointError:
         return False
-    if checkpoint.digest != state.digest:
-        return False
-    outer.replace(checkpoint)
     return True

@@ -2,8 +2,7 @@
 
 A file is written under a temporary name, flushed to the disk, renamed, and its folder flushed: after `save`
 returns the checkpoint survives a power cut, and before that the previous one is untouched. Which is newest is
-read from the files themselves; there is no pointer that could be wrong. The same bytes, in memory, are what a
-newcomer downloads.
+read from the files themselves; there is no pointer that could be wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dtrain.trainer.errors import CheckpointError, RunError, UsageError
@@ -52,22 +51,6 @@ class Checkpoint:
     """Must hold "theta", flat fp32 on the CPU; error feedback, moments and so on go by other names."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Anything else that JSON can hold."""
-
-
-def pack(checkpoint: Checkpoint) -> bytes:
-    """The checkpoint as the bytes of a safetensors file."""
-    return save(_storable(checkpoint), metadata=_metadata(checkpoint))
-
-
-def unpack(blob: bytes | memoryview) -> Checkpoint:
-    """The checkpoint that `pack` made bytes of. CheckpointError if they are damaged in any bit."""
-    data = bytes(blob)
-    try:
-        tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return _verified(tensors, header.get("__metadata__") or {})
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"damaged state: {_one_line(error)}") from None
 
 
 class CheckpointStore:
@@ -176,8 +159,7 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
         sort_keys=True,
     )
     label = {"format": FORMAT, "body": body, "seal": _seal(body, checkpoint.tensors)}
-    # One key only: safetensors writes several in random order, and donors of equal state must give equal
-    # bytes.
+    # One key only: safetensors writes several in random order, and equal checkpoints shall be equal files.
     return {METADATA_KEY: json.dumps(label, sort_keys=True)}
 
 

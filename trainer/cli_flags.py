@@ -28,6 +28,12 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--max-tokens-per-s", type=float, default=0.0, help="train no faster than this; 0 = no limit"
     )
+    machine.add_argument(
+        "--newcomer-mbps",
+        type=float,
+        default=0.0,
+        help="Mbit/s at most for giving newcomers the weights; 0 = half of what the line can do",
+    )
     machine.add_argument("--audit", action="store_true", help="check every round that no delta is lost")
     machine.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations; 0 = never")
     machine.add_argument("--checkpoint-every", type=int, default=5, help="rounds a checkpoint; 0 = never")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import math
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +17,10 @@ if TYPE_CHECKING:
     from dtrain.dht.invite import Invite
     from dtrain.trainer.manifest import Manifest
     from dtrain.trainer.signing import SignedManifest
+    from dtrain.trainer.voice import Voice
 
 FIND_MANIFEST_S = 20.0
+NOTICE_AFTER_S = 2.0
 
 REACH_LINES = {
     "direct": "Others can dial this machine.",
@@ -41,7 +45,7 @@ SHARED_FLAGS = {
 
 
 def check_address(args: argparse.Namespace) -> None:
-    """Refuse a --host or --port that cannot exist."""
+    """Refuse a --host, --port or --newcomer-mbps that cannot be."""
     try:
         ipaddress.IPv4Address(args.host)
     except ValueError:
@@ -50,6 +54,10 @@ def check_address(args: argparse.Namespace) -> None:
         ) from None
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port {args.port} does not exist: type 1 to 65535, or 0 for any free one")
+    if not 0 <= args.newcomer_mbps < math.inf:
+        raise UsageError(
+            f"--newcomer-mbps {args.newcomer_mbps} will not do: type 0 for half of the line, or Mbit/s"
+        )
 
 
 def parse_invite(args: argparse.Namespace) -> Invite | None:
@@ -154,3 +162,19 @@ def begin_run(args: argparse.Namespace, run_id: str, folder: Path) -> SignedMani
     manifest = proposed_manifest(args, run_id) or preset_manifest(run_id)
     print(f"Nobody trains {run_id} yet: beginning it.", flush=True)
     return OrganizerKey.load_or_create(folder.parent / "organizer.key").sign(manifest)
+
+
+def warm_up_codec(signed: SignedManifest, voice: Voice) -> threading.Thread:
+    """Compile the codec's kernels in the background, with a word if that takes a while (once per machine)."""
+    from dtrain.compression.warm_up import warm_up
+
+    thread = threading.Thread(target=warm_up, args=(signed.manifest.codec,), name="warm-up")
+    thread.start()
+
+    def notice() -> None:
+        thread.join(NOTICE_AFTER_S)
+        if thread.is_alive():
+            voice.say("Compiling the codec for this machine; once only, about 20 s.")
+
+    threading.Thread(target=notice, daemon=True).start()
+    return thread

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from dtrain.trainer.cli_run import (
     parse_invite,
     proposed_manifest,
     stored_manifest,
+    warm_up_codec,
 )
 from dtrain.trainer.errors import RunError, UsageError
 from dtrain.trainer.voice import Voice
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from dtrain.trainer.metrics import MetricsLog
     from dtrain.trainer.signing import SignedManifest
     from dtrain.trainer.worker import Worker
-
-NOTICE_AFTER_S = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +142,7 @@ class Session:
             # What a relay passes on is in no budget: who counts bytes is none.
             passes_on=not args.no_relay and not self.control.limits.bounds_traffic,
             relays=not args.no_relay,
+            newcomer_mbps=args.newcomer_mbps,
         )
         exchange = DhtExchange(settings)
         self._stack.callback(exchange.close)
@@ -174,7 +173,7 @@ class Session:
         return signed
 
     def _join(self, exchange: DhtExchange, signed: SignedManifest) -> Worker | None:
-        warming = _warm_up(signed, self.voice)
+        warming = warm_up_codec(signed, self.voice)
         metrics = self._stack.enter_context(_metrics(self.folder))
         worker = self._build(signed, exchange, metrics)
         if not self._approve(worker, exchange, signed, self.voice):
@@ -222,6 +221,7 @@ class Session:
             checkpoint_every=args.checkpoint_every,
         )
         worker = Worker(signed.manifest, settings, exchange, metrics, self.voice.say, control=self.control)
+        worker.download.bar = self.voice
 
         def describe() -> dict[str, Any]:
             return {
@@ -253,22 +253,6 @@ def _found_peers(run_id: str) -> list[str]:
     return [address for worker in rendezvous.find(run_id) for address in worker.addresses]
 
 
-def _warm_up(signed: SignedManifest, voice: Voice) -> threading.Thread:
-    """Compile the codec's kernels in the background, with a word if that takes a while (once per machine)."""
-    from dtrain.compression.warm_up import warm_up
-
-    thread = threading.Thread(target=warm_up, args=(signed.manifest.codec,), name="warm-up")
-    thread.start()
-
-    def notice() -> None:
-        thread.join(NOTICE_AFTER_S)
-        if thread.is_alive():
-            voice.say("Compiling the codec for this machine; once only, about 20 s.")
-
-    threading.Thread(target=notice, daemon=True).start()
-    return thread
-
-
 def _open_run(exchange: DhtExchange, signed: SignedManifest, worker: Worker) -> None:
     manifest, terms = signed.manifest, signed.manifest.exchange
     exchange.open_run(
@@ -277,6 +261,7 @@ def _open_run(exchange: DhtExchange, signed: SignedManifest, worker: Worker) -> 
         manifest_hash=manifest.hash,
         codec=manifest.codec.to_dict(),
         shapes=worker.codec.shapes,
+        pieces=worker.outer.pieces,
         matchmaking_s=terms.matchmaking_s,
         round_timeout_s=terms.round_timeout_s,
         sender_timeout_s=terms.sender_timeout_s,

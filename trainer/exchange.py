@@ -12,6 +12,7 @@ Failures that a swarm brings about every day (nobody there, we are behind, a red
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from mmap import mmap
 from typing import Protocol
 
 # How a call of `Exchange.run_round` can end.
@@ -95,23 +96,59 @@ def can_give(view: PeerView) -> bool:
     return view.status["state"] != "joining" and view.status.get("reach") != "client"
 
 
-class State(Protocol):
-    """Everything a newcomer needs to stand where its donor stands."""
+class Given(Protocol):
+    """What a worker says of the state that it has just written out for newcomers."""
 
     @property
     def round(self) -> int: ...
 
     @property
     def work(self) -> float:
-        """Tokens trained in the history of this theta; of two histories the one with more work is the run's."""
+        """Tokens trained in the history of this state; of two histories the one with more work is the run's."""
 
     @property
     def digest(self) -> bytes:
-        """Digest of theta (32 bytes)."""
+        """What heartbeats carry: the SHA-256 of `hashes`, one after another."""
 
     @property
-    def blob(self) -> bytes | memoryview:
-        """Safetensors bytes made by the donor's trainer; opaque to the exchange."""
+    def hashes(self) -> Sequence[bytes]:
+        """SHA-256 of each piece of the state's bytes."""
+
+
+Provider = Callable[[Callable[[memoryview], object]], Given]
+"""`provider(write)` hands the bytes of this worker's state to `write`, in order, and says what they are."""
+
+
+class State(Protocol):
+    """Everything a newcomer needs to stand where its donors stand."""
+
+    @property
+    def round(self) -> int: ...
+
+    @property
+    def work(self) -> float:
+        """See `Given`."""
+
+    @property
+    def digest(self) -> bytes:
+        """See `Given`; every piece of `blob` has been checked against it."""
+
+    @property
+    def blob(self) -> bytes | memoryview | mmap:
+        """The bytes that the donors' providers wrote; opaque to the exchange."""
+
+
+class Watch(Protocol):
+    """Who is told how a download goes on. Called from other threads."""
+
+    def progress(self, have: int, total: int) -> None:
+        """So many bytes of all are here and checked."""
+
+    def left(self, donor: str, reason: str) -> None:
+        """A donor (peer id) gave bad data and is asked for nothing more."""
+
+    def trouble(self, reason: str) -> None:
+        """This machine cannot take the state, as when its disk is full; `reason` is for the user."""
 
 
 class Exchange(Protocol):
@@ -141,13 +178,13 @@ class Exchange(Protocol):
     def fetch_round(self, round: int) -> Outcome | None:
         """Get the aggregates of a past round from any peer that still has them, to catch up without a download."""
 
-    def fetch_state(self, on_progress: Callable[[int, int], None]) -> State | None:
-        """Download the state with the most work behind it; None when nobody can give one.
+    def fetch_state(self, watch: Watch) -> State | None:
+        """Download the state that the donors agree on, of several the one with the most work behind it.
 
-        `on_progress(bytes so far, bytes in all)` is called as pieces arrive.
+        None when nobody can give one, or the download broke off; the next call then goes on where it stopped.
         """
 
-    def serve_state(self, provider: Callable[[], State]) -> None:
+    def serve_state(self, provider: Provider) -> None:
         """Register where newcomers' requests for state are answered from (called from another thread)."""
 
     def traffic(self) -> tuple[int, int]:

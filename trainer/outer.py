@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 PIECE_BYTES = 1 << 20
-"""Theta is hashed in pieces of this size, so that one damaged piece can be found and fetched alone."""
+"""The state is hashed in pieces of this size, so that newcomers can check each, and fetch each from another donor."""
 
 
 @dataclass
@@ -33,19 +33,34 @@ class OuterState:
         return digest_of(self.theta_flat, shared)
 
 
+def in_order(theta: Tensor, shared: Mapping[str, Tensor]) -> list[Tensor]:
+    """Theta and the strategy's shared state, by name: the order in which they are hashed and given to newcomers."""
+    return [theta, *(shared[name] for name in sorted(shared))]
+
+
 def digest_of(theta: Tensor, shared: Mapping[str, Tensor]) -> bytes:
     """The digest of a theta with the strategy's shared state, by name; both flat fp32 on the CPU."""
-    tensors = [theta, *(shared[name] for name in sorted(shared))]
-    return combine([piece for tensor in tensors for piece in piece_hashes(tensor)])
+    return combine([piece for tensor in in_order(theta, shared) for piece in piece_hashes(tensor)])
+
+
+def piece_lengths(flat: Tensor) -> list[int]:
+    """Bytes of each piece of the tensor."""
+    size = flat.numel() * flat.element_size()
+    return [min(PIECE_BYTES, size - start) for start in range(0, size, PIECE_BYTES)]
+
+
+def raw_bytes(flat: Tensor) -> memoryview:
+    """The tensor's little-endian bytes, where they lie."""
+    assert flat.device.type == "cpu" and flat.dtype == torch.float32 and flat.is_contiguous()
+    array = flat.detach().reshape(-1).numpy()
+    if sys.byteorder == "big":
+        array = array.byteswap()
+    return array.data.cast("B") if array.size else memoryview(b"")
 
 
 def piece_hashes(flat: Tensor) -> list[bytes]:
     """SHA-256 of each 1 MiB piece of the tensor's little-endian bytes."""
-    assert flat.device.type == "cpu" and flat.dtype == torch.float32 and flat.is_contiguous()
-    array = flat.detach().numpy()
-    if sys.byteorder == "big":
-        array = array.byteswap()
-    data = array.data.cast("B") if array.size else memoryview(b"")
+    data = raw_bytes(flat)
     pieces = [data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES)]
     # hashlib lets go of the interpreter lock on large buffers, so threads divide the work.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:

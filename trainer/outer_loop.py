@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from dtrain.compression.codec import Codec
-from dtrain.trainer.checkpoint import Checkpoint, pack
-from dtrain.trainer.errors import RunError
+from dtrain.trainer.checkpoint import Checkpoint
+from dtrain.trainer.errors import CheckpointError, RunError
+from dtrain.trainer.exchange import State
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.manifest import Manifest
-from dtrain.trainer.outer import OuterState
+from dtrain.trainer.outer import (
+    OuterState,
+    combine,
+    digest_of,
+    in_order,
+    piece_hashes,
+    piece_lengths,
+    raw_bytes,
+)
 from dtrain.trainer.strategy import Strategy
 
 
 @dataclass(frozen=True)
-class SharedState:
-    """What newcomers get from us; see `exchange.State`."""
+class Given:
+    """What newcomers get from us; see `exchange.Given`."""
 
     round: int
     work: float
     digest: bytes
-    blob: bytes
+    hashes: Sequence[bytes]
 
 
 class OuterLoop:
@@ -35,7 +46,7 @@ class OuterLoop:
         self.codec, self.strategy = codec, strategy
         self.state = OuterState(local.flat.detach().cpu().clone())
         self.theta: list[Tensor] = local.views(self.state.theta_flat)
-        self.digest = self.state.digest(strategy.shared_state())
+        self._hashes, self.digest = self._hashed()
         self._lock = threading.Lock()  # theta and its round change together: donors read from another thread
 
     @property
@@ -58,7 +69,7 @@ class OuterLoop:
         return tokens
 
     def replace(self, state: Checkpoint) -> None:
-        """Take over a donor's or a checkpoint's theta. RunError if it is of another run."""
+        """Take over a checkpoint's theta. RunError if it is of another run."""
         theta = state.tensors["theta"]
         if theta.shape != self.state.theta_flat.shape or state.manifest_hash != self._manifest_hash:
             raise RunError("these are the weights of another run")
@@ -69,13 +80,48 @@ class OuterLoop:
 
     def _stands_at(self, round: int, tokens: int) -> None:
         self.state.round, self.state.tokens = round, tokens
-        self.digest = self.state.digest(self.strategy.shared_state())
+        self._hashes, self.digest = self._hashed()
 
-    def shared_state(self) -> SharedState:
-        """What a newcomer needs to stand where we stand; the same bytes from everybody who stands there."""
+    def _hashed(self) -> tuple[list[bytes], bytes]:
+        hashes = [piece for tensor in self._in_order() for piece in piece_hashes(tensor)]
+        return hashes, combine(hashes)
+
+    def _in_order(self) -> list[Tensor]:
+        return in_order(self.state.theta_flat, self.strategy.shared_state())
+
+    # ------------------------------------------------------------------ from donor to newcomer
+
+    @property
+    def pieces(self) -> list[int]:
+        """Lengths in bytes of the pieces that the state is hashed and given in."""
+        return [length for tensor in self._in_order() for length in piece_lengths(tensor)]
+
+    def give(self, write: Callable[[memoryview], object]) -> Given:
+        """Write out what a newcomer needs to stand where we stand: the same bytes from everybody who stands there."""
         with self._lock:
-            blob = pack(self.checkpoint(self.shared_tensors()))
-            return SharedState(self.round, float(self.tokens), self.digest, blob)
+            for tensor in self._in_order():
+                write(raw_bytes(tensor))
+            return Given(self.round, float(self.tokens), self.digest, self._hashes)
+
+    def take_over(self, state: State) -> None:
+        """Stand where a donor stands. CheckpointError if the bytes are not those of the state's digest."""
+        own, given, start = self._in_order(), [], 0
+        if memoryview(state.blob).nbytes != sum(self.pieces):
+            raise CheckpointError("a state of another size")
+        for tensor in own:
+            values = np.frombuffer(state.blob, "<f4", tensor.numel(), start).astype(np.float32, copy=False)
+            given.append(torch.from_numpy(values).view_as(tensor))
+            start += values.nbytes
+        names = sorted(self.strategy.shared_state())
+        shared = dict(zip(names, given[1:], strict=True))
+        if digest_of(given[0], shared) != state.digest:
+            raise CheckpointError("a state that does not match its digest")
+        with self._lock:
+            self.strategy.load_shared_state(shared)
+            self.state.theta_flat.copy_(given[0])
+            self._stands_at(state.round, int(state.work))
+
+    # ------------------------------------------------------------------ checkpoints
 
     def checkpoint(self, tensors: dict[str, Tensor], own_tokens: int | None = None) -> Checkpoint:
         """A checkpoint of theta with these tensors beside it."""

@@ -18,13 +18,14 @@ BAR_WIDTH = 24
 
 @dataclass(frozen=True)
 class Progress:
-    """How far something is that the worker waits for. `total` 0 = not known, `eta_s` below 0 = not known."""
+    """How far something is that the worker waits for. 0 = `total` or `rate` not known, `eta_s` below 0 = not known."""
 
     stage: str = ""
     done: float = 0.0
     total: float = 0.0
     unit: str = ""
     eta_s: float = -1.0
+    rate: float = 0.0  # units per second
 
     def line(self) -> str:
         """In words, such as "Downloading the weights: 3.1 of 3.7 MB (84 %), 2 s left"."""
@@ -32,6 +33,8 @@ class Progress:
             return self.stage
         text = f"{self.stage}: {_number(self.done)} of {_number(self.total)} {self.unit}".rstrip()
         text += f" ({100 * self.done / self.total:.0f} %)"
+        if self.rate:
+            text += f", {self.rate:.2f} {self.unit}/s"
         return text if self.eta_s < 0 else f"{text}, {duration(self.eta_s)} left"
 
 
@@ -58,15 +61,20 @@ class Voice:
                 self._lines.append((self._count, time.time(), line))
             self._changed.notify_all()
 
-    def progress(self, stage: str, done: float = 0.0, total: float = 0.0, unit: str = "") -> None:
-        """Show how far `stage` is; a new stage's clock starts with its first call."""
+    def progress(
+        self, stage: str, done: float = 0.0, total: float = 0.0, unit: str = "", rate: float = 0.0
+    ) -> None:
+        """Show how far `stage` is; a new stage's clock starts with its first call. `rate`: units per second, if known
+        better than by that clock."""
         with self._changed:
             clock = time.monotonic()
             if stage != self.now.stage:
                 self._began, self._last_shown = clock, 0.0
             passed = clock - self._began
             eta_s = passed * (total - done) / done if total and done and passed > 0.5 else -1.0
-            self.now = Progress(stage, done, total, unit, eta_s)
+            if rate:
+                eta_s = (total - done) / rate
+            self.now = Progress(stage, done, total, unit, eta_s, rate)
             is_last = bool(total) and done >= total
             period = BAR_PERIOD_S if self._is_terminal else LINE_PERIOD_S
             if not is_last and self._last_shown and clock - self._last_shown < period:

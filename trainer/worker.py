@@ -20,6 +20,7 @@ from dtrain.trainer.checkpoint import CheckpointStore
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
 from dtrain.trainer.control import Control
 from dtrain.trainer.data import Corpus, open_corpus
+from dtrain.trainer.download import DownloadReport
 from dtrain.trainer.duty import Duty
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.exchange import ALONE, DONE, NO_GROUP, Exchange, Outcome
@@ -99,6 +100,7 @@ class Worker:
         self.store = CheckpointStore(settings.folder / "checkpoints", settings.keep_checkpoints)
         self.pacer = Pacer(manifest, exchange, clock)
         self.report = Reporter(settings.name, str(device), metrics, exchange, self.outer, say, clock)
+        self.download = DownloadReport(metrics, say, clock)
         self._overlaps = manifest.exchange.overlap == "eager"
         self.sampler = Sampler()
         self._courier = clock.courier()
@@ -144,8 +146,8 @@ class Worker:
             self.report.tokens = int(checkpoint.extra.get("own_tokens", 0))
             source = "checkpoint"
         self.report.announce()
-        self.exchange.serve_state(self.outer.shared_state)
-        if catch_up(self.outer, self.exchange, self.report.say, self.clock):
+        self.exchange.serve_state(self.outer.give)
+        if catch_up(self.outer, self.exchange, self.download, self.clock):
             source = "peers"
             self.pacer.came_late = True
         self.local.flat.copy_(self.outer.state.theta_flat)
@@ -162,7 +164,7 @@ class Worker:
         self._checkpoint()
         self.report.state("paused")
         if self.duty.hold(self._is_over, self.report.say):
-            catch_up(self.outer, self.exchange, self.report.say, self.clock)
+            catch_up(self.outer, self.exchange, self.download, self.clock)
             self.local.flat.copy_(self.outer.state.theta_flat)
             self.pacer.came_late = True
 
@@ -242,7 +244,7 @@ class Worker:
         self.feedback.give_back(delivery.payload, [(0, self.codec.num_chunks)])
         self._set_aside(delivery.base)
         if outcome.verdict != NO_GROUP:
-            catch_up(self.outer, self.exchange, self.report.say, self.clock)
+            catch_up(self.outer, self.exchange, self.download, self.clock)
             self.pacer.came_late = True
             self.report.resync("missed a round; its work is kept for the next")
         self.local.flat.copy_(self.outer.state.theta_flat)
