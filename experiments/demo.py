@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from dtrain.experiments.demo_dashboard import dashboard
 from dtrain.experiments.demo_process import DemoProcess, stop_all
 from dtrain.experiments.demo_summary import print_result, summarize
 from dtrain.experiments.demo_table import Stage
+from dtrain.experiments.signals import signals_interrupt
 from dtrain.trainer.errors import RunError, UsageError
 
 MIN_ROUNDS = 6
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     run_id = f"demo-{secrets.token_hex(4)}"
     with ExitStack() as scene:
-        scene.enter_context(_signals_interrupt())
+        scene.enter_context(signals_interrupt())
         base = scene.enter_context(_scratch_folder())
         if not args.no_dashboard:
             scene.enter_context(dashboard(run_id, args.rounds, base, console))
@@ -155,20 +155,3 @@ def _scratch_folder() -> Iterator[Path]:
         yield base
     finally:
         shutil.rmtree(base, ignore_errors=True)
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the demo as Ctrl-C does."""
-
-    def interrupt(number: int, _: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {
-        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

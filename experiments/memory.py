@@ -56,10 +56,12 @@ class MemoryExchange:
         """See `Exchange`."""
         with self._swarm.changed:
             peer = self._swarm.peer(self._peer_id)
+            before = peer.announced, peer.state in ABSENT, peer.position
             peer.status, peer.announced = dict(status), True
             if peer.state in ABSENT:  # it may come back at an earlier round than it left
                 peer.next_round = 0
-            self._swarm.changed.notify_all()
+            if before != (True, peer.state in ABSENT, peer.position):  # nothing else matters to who waits
+                self._swarm.changed.notify_all()
 
     def post(self, topic: str, note: bytes) -> None:
         """See `Exchange`."""
@@ -87,8 +89,8 @@ class MemoryExchange:
                 return None
             shared = Counter(outcome.aggregates for outcome in kept.values())
             donor = max(kept, key=lambda name: shared[kept[name].aggregates])
-            self._count_transfer(donor, sum(len(aggregate) for aggregate in kept[donor].aggregates))
-            return replace(kept[donor], verdict=DONE, undelivered=(), problem="", wait_s=0.0, exchange_s=0.0)
+        self._transfer(donor, sum(len(aggregate) for aggregate in kept[donor].aggregates))
+        return replace(kept[donor], verdict=DONE, undelivered=(), problem="", wait_s=0.0, exchange_s=0.0)
 
     def fetch_state(self, watch: Watch) -> State | None:
         """See `Exchange`."""
@@ -99,8 +101,7 @@ class MemoryExchange:
             except Exception:  # a donor that fails is passed over, as one on the network would be
                 logger.warning("%s could not give its state", donor, exc_info=True)
                 continue
-            with self._swarm.changed:
-                self._count_transfer(donor, len(blob))
+            self._transfer(donor, len(blob))
             watch.progress(len(blob), len(blob))
             return MemoryState(given.round, given.work, given.digest, memoryview(blob))
         return None
@@ -130,6 +131,10 @@ class MemoryExchange:
             ranked = sorted(donors, key=lambda n: (-donors[n].work, -agreeing[digests[n]], digests[n], n))
             return [(name, provider) for name in ranked if (provider := donors[name].provider) is not None]
 
-    def _count_transfer(self, donor: str, num_bytes: int) -> None:
-        self._swarm.peer(donor).bytes_up += num_bytes
-        self._swarm.peer(self._peer_id).bytes_down += num_bytes
+    def _transfer(self, donor: str, num_bytes: int) -> None:
+        """Count what a donor sends here, and let the time pass that it takes."""
+        with self._swarm.changed:
+            self._swarm.count_transfer(donor, self._peer_id, num_bytes)
+        seconds = self._swarm.links.transfer_s(donor, self._peer_id, num_bytes)
+        if seconds > 0:
+            self._swarm.clock.sleep(seconds)

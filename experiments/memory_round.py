@@ -4,14 +4,22 @@ network.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from dtrain.compression.codec import Codec
 from dtrain.compression.errors import PayloadError
+
+Floats = npt.NDArray[np.float64]
+_Sections = dict[tuple[int, int], bytes]
+"""By (index of the sender, index of the reducer)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,11 @@ class Reduced:
     problems: dict[str, list[str]] = field(default_factory=dict)
     bytes_up: Counter[str] = field(default_factory=Counter)
     bytes_down: Counter[str] = field(default_factory=Counter)
+    num_lost_sections: int = 0
+    reduced_s: Floats = field(default_factory=lambda: np.zeros(0))
+    """[members]: when each had all sections of its span that it waited for, seconds from the group's meeting."""
+    ends_s: dict[str, float] = field(default_factory=dict)
+    """When each had all aggregates."""
 
 
 def agree_on_digest(entries: Sequence[Contribution]) -> bytes:
@@ -58,14 +71,64 @@ def agree_on_digest(entries: Sequence[Contribution]) -> bytes:
     return max({entry.base_digest for entry in entries}, key=rank)
 
 
-class GroupReducer:
-    """Reduces rounds; keeps each reducer's residual from round to round."""
+class Links(Protocol):
+    """How long things take between the members of a group. All times are in seconds."""
 
-    def __init__(self, codec: Codec, run: bytes, exact_up_to: int, faults: Faults) -> None:
+    def codec_s(self, name: str) -> float:
+        """What a member needs for encoding, reducing, decoding and the outer step of one round."""
+
+    def meet_s(self, names: Sequence[str]) -> float:
+        """What a group needs to form once all its members are there."""
+
+    def arrivals_s(self, names: Sequence[str], num_bytes: Floats, begin_s: Floats) -> Floats:
+        """When transfers end that all go on together: [senders, receivers], both in the order of `names`.
+
+        num_bytes [senders, receivers]; begin_s [senders]: when each begins to send.
+        """
+
+    def transfer_s(self, donor: str, receiver: str, num_bytes: int) -> float:
+        """What one transfer needs."""
+
+
+class InstantLinks:
+    """Nothing takes time."""
+
+    def codec_s(self, name: str) -> float:
+        return 0.0
+
+    def meet_s(self, names: Sequence[str]) -> float:
+        return 0.0
+
+    def arrivals_s(self, names: Sequence[str], num_bytes: Floats, begin_s: Floats) -> Floats:
+        return np.zeros_like(num_bytes)
+
+    def transfer_s(self, donor: str, receiver: str, num_bytes: int) -> float:
+        return 0.0
+
+
+INSTANT = InstantLinks()
+
+
+class GroupReducer:
+    """Reduces rounds; keeps each reducer's residual from round to round.
+
+    A reducer goes on without the sections that take longer than `patience_s` to reach it.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        run: bytes,
+        exact_up_to: int,
+        faults: Faults,
+        links: Links = INSTANT,
+        patience_s: float = math.inf,
+    ) -> None:
         self._codec = codec
         self._run = run
         self._exact_up_to = max(1, exact_up_to)  # recompression gains nothing for a worker that is alone
         self._faults = faults
+        self._links, self._patience_s = links, patience_s
         self._residuals: dict[str, Tensor] = {}
 
     def reduce(self, round: int, members: Sequence[Contribution]) -> Reduced:
@@ -73,53 +136,103 @@ class GroupReducer:
         result = Reduced()
         if not members:
             return result
-        for member, span in zip(members, self._codec.spans([1.0] * len(members)), strict=True):
-            if span[1] > 0:
-                self._reduce_span(round, members, member.peer_id, span, result)
+        spans = self._codec.spans([1.0] * len(members))
+        sections = self._scatter(round, members, spans, result)
+        self._gather(round, members, spans, sections, result)
         return result
 
-    def _reduce_span(
+    def _scatter(
+        self, round: int, members: Sequence[Contribution], spans: Sequence[tuple[int, int]], result: Reduced
+    ) -> _Sections:
+        """Everybody's sections on their way to the reducers; those that arrived."""
+        names = [member.peer_id for member in members]
+        sections: _Sections = {}
+        sent = np.zeros((len(members), len(members)))
+        for j, span in enumerate(spans):
+            for i, member in enumerate(members):
+                section = self._section(round, member, names[j], span, result) if span[1] else None
+                if section is not None:
+                    sections[i, j] = section
+                    sent[i, j] = len(section) if i != j else 0
+        arrived_s = self._links.arrivals_s(names, sent, np.zeros(len(members)))
+        for (i, j), section in list(sections.items()):
+            if i == j:
+                continue
+            result.bytes_up[names[i]] += len(section)
+            if (round, names[i], names[j]) in self._faults.sections:
+                problem = f"{names[j]} did not get a section of {names[i]}"
+            elif arrived_s[i, j] > self._patience_s:
+                problem = (
+                    f"a section of {names[i]} reached {names[j]} too late, after {arrived_s[i, j]:.1f} s"
+                )
+            else:
+                result.bytes_down[names[j]] += len(section)
+                continue
+            del sections[i, j]
+            result.num_lost_sections += 1
+            arrived_s[i, j] = min(arrived_s[i, j], self._patience_s)
+            _report(result, names[i], spans[j], problem)
+        result.reduced_s = arrived_s.max(axis=0)
+        return sections
+
+    def _gather(
         self,
         round: int,
         members: Sequence[Contribution],
-        reducer: str,
-        span: tuple[int, int],
+        spans: Sequence[tuple[int, int]],
+        sections: _Sections,
         result: Reduced,
     ) -> None:
+        """Each reducer's aggregate on its way to everybody."""
+        names = [member.peer_id for member in members]
+        sent = np.zeros((len(members), len(members)))
+        for j, span in enumerate(spans):
+            if not span[1]:
+                continue
+            arrived = [(i, m.weight, sections[i, j]) for i, m in enumerate(members) if (i, j) in sections]
+            aggregate = self._aggregate(round, names[j], span, arrived, len(members))
+            if not aggregate or (round, names[j]) in self._faults.spans:
+                for name in names:
+                    _report(result, name, span, f"the span of {names[j]} is lost")
+                continue
+            result.aggregates.append(aggregate)
+            result.contributors.update(names[i] for i, _, _ in arrived)
+            for i, name in enumerate(names):
+                if i != j:
+                    sent[j, i] = len(aggregate)
+                    result.bytes_up[names[j]] += len(aggregate)
+                    result.bytes_down[name] += len(aggregate)
+        ends_s = self._links.arrivals_s(names, sent, result.reduced_s).max(axis=0)
+        result.ends_s = {name: float(end) for name, end in zip(names, np.maximum(ends_s, result.reduced_s))}
+
+    def _aggregate(
+        self,
+        round: int,
+        reducer: str,
+        span: tuple[int, int],
+        sections: Sequence[tuple[int, float, bytes]],
+        num_members: int,
+    ) -> bytes:
+        if not sections:
+            return b""
         first, count = span
-        sections = []
-        for index, member in enumerate(members):
-            section = self._section(round, member, reducer, span, result)
-            if section is not None:
-                sections.append((index, member.weight, section))
-        aggregate = b""
-        if sections:
-            aggregate = self._codec.reduce(
-                sections,
-                residual=self._residual(reducer, first, count) if len(members) > self._exact_up_to else None,
-                run=self._run,
-                round=round,
-                first_chunk=first,
-                num_chunks=count,
-            )
-        if not aggregate or (round, reducer) in self._faults.spans:
-            for member in members:
-                _report(result, member.peer_id, span, f"the span of {reducer} is lost")
-            return
+        aggregate = self._codec.reduce(
+            sections,
+            residual=self._residual(reducer, first, count) if num_members > self._exact_up_to else None,
+            run=self._run,
+            round=round,
+            first_chunk=first,
+            num_chunks=count,
+        )
         self._codec.check_aggregate(
             aggregate,
             run=self._run,
             round=round,
             first_chunk=first,
             num_chunks=count,
-            num_members=len(members),
+            num_members=num_members,
         )
-        result.aggregates.append(aggregate)
-        result.contributors.update(members[index].peer_id for index, _, _ in sections)
-        for member in members:
-            if member.peer_id != reducer:
-                result.bytes_up[reducer] += len(aggregate)
-                result.bytes_down[member.peer_id] += len(aggregate)
+        return aggregate
 
     def _section(
         self, round: int, member: Contribution, reducer: str, span: tuple[int, int], result: Reduced
@@ -131,12 +244,6 @@ class GroupReducer:
         except PayloadError as error:
             _report(result, member.peer_id, span, f"{reducer} refused a section of {member.peer_id}: {error}")
             return None
-        if member.peer_id != reducer:
-            result.bytes_up[member.peer_id] += len(section)
-            if (round, member.peer_id, reducer) in self._faults.sections:
-                _report(result, member.peer_id, span, f"{reducer} did not get a section of {member.peer_id}")
-                return None
-            result.bytes_down[reducer] += len(section)
         return section
 
     def _residual(self, reducer: str, first: int, count: int) -> Tensor:

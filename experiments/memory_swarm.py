@@ -8,13 +8,22 @@ majority is.
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from dtrain.compression.codec import Codec
-from dtrain.experiments.memory_round import Contribution, Faults, GroupReducer, Reduced, agree_on_digest
+from dtrain.experiments.memory_round import (
+    INSTANT,
+    Contribution,
+    Faults,
+    GroupReducer,
+    Links,
+    Reduced,
+    agree_on_digest,
+)
+from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
 from dtrain.trainer.exchange import ABSENT, ALONE, DONE, NO_GROUP, STALE, Provider
 from dtrain.trainer.manifest import Manifest
 
@@ -45,7 +54,7 @@ class MemoryPeer:
     status: Mapping[str, object] = field(default_factory=dict)
     announced: bool = False
     died_at: float | None = None
-    """time.monotonic() of a planned death; its last heartbeat then grows old."""
+    """When it died by plan, on the clock; its last heartbeat then grows old."""
     next_round: int = 0
     """The round it stands at by the outcome of its last one, which its next announcement will say."""
     provider: Provider | None = None
@@ -79,29 +88,64 @@ def fill(outcome: MemoryOutcome, name: str, names: Sequence[str], reduced: Reduc
         aggregates=tuple(reduced.aggregates),
         undelivered=tuple(reduced.undelivered.get(name, ())),
         problem="; ".join(reduced.problems.get(name, ())),
+        exchange_s=reduced.ends_s.get(name, 0.0),
     )
 
 
+@dataclass
 class _Meeting:
     """Workers that wait for one round to begin."""
 
-    def __init__(self) -> None:
-        self.opened = time.monotonic()
-        self.entries: dict[str, Contribution] = {}
-        self.outcomes: dict[str, MemoryOutcome] = {}
-        self.begun = False
-        self.finished = threading.Event()
+    opened: float
+    entries: dict[str, Contribution] = field(default_factory=dict)
+    outcomes: dict[str, MemoryOutcome] = field(default_factory=dict)
+    begun: bool = False
+    finished: bool = False
+
+
+class Condition(Protocol):
+    """What of `threading.Condition` a swarm uses."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *args: object) -> object: ...
+
+    def wait(self, timeout: float | None = None) -> object: ...
+
+    def notify_all(self) -> None: ...
 
 
 class MemorySwarm:
     """The meeting place of the workers of one run in one process."""
 
-    def __init__(self, manifest: Manifest, codec: Codec, faults: Faults | None = None) -> None:
-        self.terms = manifest.exchange
-        self.changed = threading.Condition()
+    def __init__(
+        self,
+        manifest: Manifest,
+        codec: Codec,
+        faults: Faults | None = None,
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        changed: Condition | None = None,
+        links: Links = INSTANT,
+        kept_rounds: int = KEPT_ROUNDS,
+        observe: Callable[[int, Reduced], None] = lambda round, reduced: None,
+    ) -> None:
+        """`changed` is what the workers wait on and must belong to `clock`; `links` say how long bytes take;
+        `observe` sees what every round came to.
+        """
+        self.terms, self.clock, self.links = manifest.exchange, clock, links
+        self.changed = changed or threading.Condition()
+        self._kept_rounds, self._observe = kept_rounds, observe
         self._peers: dict[str, MemoryPeer] = {}
         self._meetings: dict[int, _Meeting] = {}
-        self._reducer = GroupReducer(codec, manifest.run_tag, self.terms.exact_up_to, faults or Faults())
+        self._reducer = GroupReducer(
+            codec,
+            manifest.run_tag,
+            self.terms.exact_up_to,
+            faults or Faults(),
+            links,
+            self.terms.sender_timeout_s,
+        )
         self._reducing = threading.Lock()
         self._started = False
 
@@ -113,7 +157,7 @@ class MemorySwarm:
     def kill(self, peer_id: str) -> None:
         """Plan a sudden death: from now on the worker's heartbeat is not renewed, and nobody says goodbye."""
         with self.changed:
-            self._peers[peer_id].died_at = time.monotonic()
+            self._peers[peer_id].died_at = self.clock.monotonic()
             self.changed.notify_all()
 
     def leave(self, peer_id: str) -> None:
@@ -126,6 +170,13 @@ class MemorySwarm:
         """The record of a worker; callers hold `changed`."""
         return self._peers[peer_id]
 
+    def count_transfer(self, donor: str, receiver: str, num_bytes: int) -> None:
+        """A state or a past round goes from one worker to another; callers hold `changed`."""
+        for name, up, down in ((donor, num_bytes, 0), (receiver, 0, num_bytes)):
+            if name in self._peers:
+                self._peers[name].bytes_up += up
+                self._peers[name].bytes_down += down
+
     def others(self, peer_id: str) -> dict[str, MemoryPeer]:
         """Other workers with a fresh heartbeat, in canonical order; callers hold `changed`."""
         return {
@@ -134,48 +185,79 @@ class MemorySwarm:
             if other != peer_id and peer.announced and self.age_s(peer) < self.terms.heartbeat_ttl_s
         }
 
-    @staticmethod
-    def age_s(peer: MemoryPeer) -> float:
+    def age_s(self, peer: MemoryPeer) -> float:
         """Seconds since the last heartbeat; a living worker's is always new."""
-        return 0.0 if peer.died_at is None else time.monotonic() - peer.died_at
+        return 0.0 if peer.died_at is None else self.clock.monotonic() - peer.died_at
 
     # ------------------------------------------------------------------ meeting
 
     def run_round(self, round: int, contribution: Contribution) -> MemoryOutcome:
         """See `Exchange.run_round`."""
-        started = time.monotonic()
-        name, verdicts = contribution.peer_id, None
+        name, now = contribution.peer_id, self.clock.monotonic
+        self._pass(self.links.codec_s(name))
+        started = now()
         with self.changed:
-            meeting = self._meetings.setdefault(round, _Meeting())
+            meeting = self._meetings.setdefault(round, _Meeting(started))
             meeting.entries[name] = contribution
-            self.changed.notify_all()
-            while not meeting.begun:
-                missing_s = meeting.opened + self.terms.matchmaking_s - time.monotonic()
-                if self._is_behind(name, round):
-                    self._withdraw(meeting, name, round)
-                    return MemoryOutcome(STALE, round, wait_s=time.monotonic() - started)
-                if self._is_complete(meeting, round) or missing_s <= 0:
-                    meeting.begun = True
-                    del self._meetings[round]
-                    verdicts = self._verdicts(meeting, round)
-                    break
-                # A heartbeat that runs out notifies nobody, so look again now and then.
-                self.changed.wait(min(missing_s, self.terms.heartbeat_s))
-        met = time.monotonic()
+            try:
+                verdicts = self._meet(meeting, name, round)
+            except BaseException:  # a planned death while it waited
+                self._withdraw(meeting, name, round)
+                raise
+        if meeting.begun:
+            self._pass(self.links.meet_s(list(meeting.entries)))
+        met = now()
         if verdicts is not None:
             self._run(meeting, round, verdicts)
-        elif not meeting.finished.wait(self.terms.round_timeout_s):
+        elif not meeting.begun:
+            return MemoryOutcome(STALE, round, wait_s=met - started)
+        elif not self._ends_in_time(meeting):
             return MemoryOutcome(NO_GROUP, round, problem="the round did not end in time")
-        return replace(meeting.outcomes[name], wait_s=met - started, exchange_s=time.monotonic() - met)
+        outcome = meeting.outcomes[name]
+        self._pass(outcome.exchange_s)
+        return replace(outcome, wait_s=met - started, exchange_s=now() - met)
+
+    def _meet(self, meeting: _Meeting, name: str, round: int) -> dict[str, str] | None:
+        """Wait until the meeting begins; everybody's verdict for the one that began it. One that is behind leaves."""
+        while not meeting.begun:
+            missing_s = meeting.opened + self.terms.matchmaking_s - self.clock.monotonic()
+            if self._is_behind(name, round):
+                self._withdraw(meeting, name, round)
+                return None
+            if self._is_complete(meeting, round) or missing_s <= 0:
+                meeting.begun = True
+                del self._meetings[round]
+                self.changed.notify_all()
+                return self._verdicts(meeting, round)
+            # A heartbeat that runs out notifies nobody, so look again now and then.
+            self.changed.wait(min(missing_s, self.terms.heartbeat_s))
+        return None
+
+    def _ends_in_time(self, meeting: _Meeting) -> bool:
+        until = self.clock.monotonic() + self.terms.round_timeout_s
+        with self.changed:
+            while not meeting.finished and (left_s := until - self.clock.monotonic()) > 0:
+                self.changed.wait(left_s)
+        return meeting.finished
+
+    def _pass(self, seconds: float) -> None:
+        if seconds > 0:
+            self.clock.sleep(seconds)
 
     def _withdraw(self, meeting: _Meeting, name: str, round: int) -> None:
-        del meeting.entries[name]
-        if not meeting.entries:
+        meeting.entries.pop(name, None)
+        if not meeting.entries and self._meetings.get(round) is meeting:
             del self._meetings[round]
 
     def _is_behind(self, name: str, round: int) -> bool:
-        others = self.others(name).values()
-        return any(peer.position > round for peer in others if peer.state not in ABSENT)
+        """Others are in a later round, or have finished with more work than this worker has."""
+        others, own = self.others(name).values(), self._peers[name].work
+        return any(
+            peer.position > round
+            if peer.state not in ABSENT
+            else peer.state == "finished" and peer.work > own
+            for peer in others
+        )
 
     def _standing(self, round: int) -> set[str]:
         """Live workers that will come to this round."""
@@ -212,6 +294,7 @@ class MemorySwarm:
         try:
             with self._reducing:
                 reduced = self._reducer.reduce(round, [meeting.entries[name] for name in names])
+                self._observe(round, reduced)
             outcomes = {
                 name: MemoryOutcome(verdict, round, meeting.entries[name].base_digest)
                 for name, verdict in verdicts.items()
@@ -219,7 +302,9 @@ class MemorySwarm:
             meeting.outcomes = outcomes | {name: fill(outcomes[name], name, names, reduced) for name in names}
             self._remember(meeting, round, names, reduced)
         finally:
-            meeting.finished.set()
+            with self.changed:
+                meeting.finished = True
+                self.changed.notify_all()
 
     def _remember(self, meeting: _Meeting, round: int, names: Sequence[str], reduced: Reduced) -> None:
         with self.changed:
@@ -231,6 +316,6 @@ class MemorySwarm:
                 peer.bytes_up += reduced.bytes_up[name]
                 peer.bytes_down += reduced.bytes_down[name]
                 peer.history[round] = meeting.outcomes[name]
-                while len(peer.history) > KEPT_ROUNDS:
+                while len(peer.history) > self._kept_rounds:
                     peer.history.popitem(last=False)
             self.changed.notify_all()

@@ -36,7 +36,11 @@ IMPORT_NAMES = {
     "llvmlite": "numba",
     "triton": "torch",
 }  # the rest are called what they are
-EXTRAS = {"adamw8bit": "trainer/optimizers.py", "dashboard": "experiments/dashboard"}
+EXTRAS = {
+    "adamw8bit": "trainer/optimizers.py",
+    "dashboard": "experiments/dashboard",
+    "simulate": "experiments/",
+}
 """Extra -> where its libraries may be imported, by commands that tell who lacks them what to install."""
 OF_NVIDIA = ("nvidia-", "cuda-", "triton")  # torch pins them itself, where it needs them
 

@@ -116,7 +116,7 @@ class Manifest:
     def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
         """What `to_dict` gave; UsageError names a key that is unknown, missing or of the wrong type."""
         known = [field.name for field in fields(cls)]
-        _refuse_unknown(values, known, prefix="")
+        refuse_unknown(values, known, prefix="")
         for key in [*known, *_dotted_keys()]:
             name, _, inner = key.partition(".")
             section = values.get(name)
@@ -176,7 +176,7 @@ def preset_manifest(
     for key, value in {**_strategy_defaults(values.get("strategy.name")), **values}.items():
         section_name, _, field_name = key.partition(".")
         if section_name not in SECTIONS or not field_name:
-            _refuse_unknown([key], _dotted_keys(), prefix="")
+            refuse_unknown([key], _dotted_keys(), prefix="")
         tree[section_name][field_name] = value
     sections = {name: _section(name, kind, tree[name]) for name, kind in SECTIONS.items()}
     return Manifest(run_id=run_id, **sections)
@@ -209,7 +209,7 @@ def manifest_from_toml(path: Path | str, overrides: Mapping[str, object] | None 
             require(isinstance(value, Mapping), name, "be a table such as [train]", value)
             values.update({f"{name}.{key}": inner for key, inner in value.items()})
         else:
-            _refuse_unknown([name], ["run_id", *SECTIONS], prefix="")
+            refuse_unknown([name], ["run_id", *SECTIONS], prefix="")
             values[name] = value
     values.update({key: value for key, value in (overrides or {}).items() if value is not None})
     run_id, preset = values.pop("run_id", None), values.pop("model.preset", "tiny")
@@ -240,7 +240,7 @@ def _section(name: str, kind: type[Any], values: object) -> Any:
     if not isinstance(values, Mapping):
         raise UsageError(f"{name} must be a table of settings, not {values!r}")
     known = [field.name for field in fields(kind)]
-    _refuse_unknown(values, known, prefix=f"{name}.")
+    refuse_unknown(values, known, prefix=f"{name}.")
     try:
         return kind(**values)
     except CompressionError as error:
@@ -249,7 +249,8 @@ def _section(name: str, kind: type[Any], values: object) -> Any:
         raise UsageError(f"{name} is incomplete: {error}") from None
 
 
-def _refuse_unknown(given: Iterable[str], known: Iterable[str], prefix: str) -> None:
+def refuse_unknown(given: Iterable[str], known: Iterable[str], prefix: str) -> None:
+    """UsageError for the first of the given keys that is not known, with a guess at what was meant."""
     known = list(known)
     for key in given:
         if key not in known:

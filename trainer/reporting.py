@@ -49,7 +49,7 @@ class Reporter:
     _trained_s: float = 0.0  # in the last round's inner steps
     _outcome_came: float = 0.0  # by clock.monotonic(), as the other moments here
     _last_posted: float = 0.0
-    _first_round_began: float = 0.0
+    _first_round_began: float | None = None
     _compute_s: float = 0.0
     _remaining_s: float = 0.0
     _loss: float = 0.0
@@ -135,7 +135,8 @@ class Reporter:
     def begin_round(self, number: int) -> Pace:
         """A round's inner steps begin."""
         self._pace = Pace(number, self.clock.monotonic(), clock=self.clock)
-        self._first_round_began = self._first_round_began or self._pace.began
+        if self._first_round_began is None:
+            self._first_round_began = self._pace.began
         self.state("training")
         return self._pace
 
@@ -182,7 +183,7 @@ class Reporter:
     @property
     def compute_share(self) -> float:
         """Share of the time since the first round's beginning that went into inner steps."""
-        if not self._first_round_began:
+        if self._first_round_began is None:
             return 0.0
         return min(1.0, self._compute_s / max(1e-9, self.clock.monotonic() - self._first_round_began))
 

@@ -1,0 +1,145 @@
+"""What a sweep tells its user: progress while it runs, the summary, the table."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from dtrain.experiments.results import FORMAT, ResultFolder, Row
+from dtrain.experiments.sim_file import RunSpec, Sweep
+
+VARYING = ("strategy", "workers", "seed", "profile", "overlap", "inner_steps", "num_params")
+LINE_PERIOD_S = 10.0
+
+
+class Progress:
+    """A bar with the time that is left, by inner steps; where there is no terminal, a line now and then."""
+
+    def __init__(self, sweep: Sweep, todo: Sequence[RunSpec], console: Console) -> None:
+        self._specs = {spec.id: spec for spec in todo}
+        self._console, self._done_runs, self._done_steps = console, 0, 0
+        self._all_steps = sum(_steps(spec, spec.rounds) for spec in todo)
+        self._rounds = dict.fromkeys(self._specs, 0)
+        self._began = self._said = time.monotonic()
+        there = len(sweep.runs) - len(todo)
+        self._intro = f"{sweep.name}: {len(sweep.runs)} runs" + (f", {there} there already" if there else "")
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._bar = RichProgress(*columns, MofNCompleteColumn(), *times, console=console, transient=True)
+        self._task = self._bar.add_task("inner steps", total=self._all_steps)
+
+    def __enter__(self) -> Progress:
+        self._console.print(self._intro)
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Something has happened; see `sim_jobs.Report`."""
+        spec = self._specs[event["id"]]
+        if "round" in event:
+            self._done_steps += _steps(spec, event["round"] - self._rounds[spec.id])
+            self._rounds[spec.id] = event["round"]
+            self._bar.update(self._task, completed=self._done_steps)
+            self._say_now_and_then()
+            return
+        self._done_runs += 1
+        text = f"{self._done_runs} of {len(self._specs)}: {spec.label}, seed {spec.seed}"
+        self._console.print(text + (f" FAILED: {event['failed']}" if "failed" in event else ""), markup=False)
+
+    def _say_now_and_then(self) -> None:
+        now = time.monotonic()
+        if self._console.is_terminal or now - self._said < LINE_PERIOD_S:
+            return
+        share = self._done_steps / self._all_steps
+        if not share:  # the evaluation before the first round
+            return
+        self._said = now
+        left_s = (now - self._began) * (1 - share) / share
+        self._console.print(f"{100 * share:.0f} % of the inner steps, about {left_s:.0f} s left")
+
+
+def _steps(spec: RunSpec, rounds: int) -> int:
+    return rounds * spec.manifest.train.inner_steps * spec.simulate.workers
+
+
+def summarize(sweep: Sweep, folder: ResultFolder, failed: Mapping[str, str]) -> Row:
+    """What summary.json says; see `results`."""
+    rows = [row for spec in sweep.runs if (row := folder.row(spec.id)) is not None]
+    fields = [name for name in VARYING if len({row[name] for row in rows}) > 1]
+    settings = list(dict.fromkeys(key for spec in sweep.runs for key in spec.settings))
+    return {
+        "format": FORMAT,
+        "name": sweep.name,
+        "description": sweep.description,
+        "finished": len(rows) == len(sweep.runs),
+        "runs_total": len(sweep.runs),
+        "runs_failed": dict(failed),
+        "varied": [*fields, *settings],
+        "rows": rows,
+    }
+
+
+def print_table(sweep: Sweep, folder: ResultFolder, failed: Mapping[str, str], console: Console) -> None:
+    """One line per label: the mean over its seeds, and half the distance between the extremes."""
+    rows = folder.summary()["rows"]
+    table = Table(title=f"{sweep.name}: {sweep.description}".rstrip(": "), title_justify="left")
+    table.add_column("run")
+    for name in ("seeds", "tokens", "eval loss", "MB up/worker", "vs fp32 ring", "virtual time", "compute"):
+        table.add_column(name, justify="right", no_wrap=True)
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    for label in labels:
+        table.add_row(label, *_cells([row for row in rows if row["label"] == label]))
+    console.print(table)
+    for text in _remarks(rows):
+        console.print(text, highlight=False)
+    for run, reason in failed.items():
+        console.print(f"Failed: {run}: {reason}", markup=False, highlight=False)
+    console.print(f"Results: {folder.path}", highlight=False, soft_wrap=True)
+
+
+def _cells(rows: Sequence[Row]) -> list[str]:
+    def mean(name: str) -> float:
+        return statistics.fmean(row[name] for row in rows)
+
+    losses = [row["eval_loss"] for row in rows]
+    loss = f"{statistics.fmean(losses):.4f}"
+    if len(rows) > 1:
+        loss += f" ± {(max(losses) - min(losses)) / 2:.4f}"
+    ratio = "" if rows[0]["ratio_vs_fp32_allreduce"] is None else f"{mean('ratio_vs_fp32_allreduce'):,.1f}x"
+    return [
+        str(len(rows)),
+        f"{mean('tokens'):,.0f}",
+        loss,
+        f"{mean('bytes_up_per_worker') / 1e6:,.3f}",
+        ratio,
+        f"{mean('virtual_time_s'):,.1f} s",
+        f"{100 * mean('compute_share'):.1f} %",
+    ]
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    remarks = []
+    lost = [row for row in rows if row["lost_sections"]]
+    if lost:
+        remarks.append(
+            f"{len(lost)} runs lost parts of payloads that took longer than exchange.sender_timeout_s; "
+            "what was lost stays in the error feedback."
+        )
+    if any(not row["digests_equal"] for row in rows):
+        remarks.append("In some rounds workers held different thetas: see digests_equal in the rows.")
+    return remarks

@@ -1,0 +1,222 @@
+"""`dtrain simulate`: equal seeds give equal bytes, the worker loop is the real one, sweeps go on where they stopped."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from sim_tools import corpus_of, only_run, simulated, write_file
+
+from dtrain.compression.codec import Codec
+from dtrain.experiments import sim_jobs
+from dtrain.experiments.memory import MemoryExchange, MemorySwarm
+from dtrain.experiments.results import ResultFolder
+from dtrain.experiments.sim_file import RunSpec, load_sweep
+from dtrain.experiments.sim_swarm import worker_name
+from dtrain.trainer import cli
+from dtrain.trainer.errors import UsageError
+from dtrain.trainer.flat import FlatParameters
+from dtrain.trainer.metrics import MetricsLog
+from dtrain.trainer.model import GPT
+from dtrain.trainer.settings import MachineSettings
+from dtrain.trainer.worker import Worker
+
+
+def test_equal_seeds_give_equal_bytes(tmp_path: Path) -> None:
+    """Two simulations of one file write the same rounds and the same summary, overlap and churn included."""
+    more = """
+    [churn]
+    joins_per_hour = 3000
+    leaves_per_hour = 1500
+    [exchange]
+    overlap = "eager"
+    """
+    path = write_file(tmp_path, more)
+    for name in ("one", "two"):
+        assert cli.main(["simulate", str(path), "--out", str(tmp_path / name), "--jobs", "1"]) == 0
+    run = only_run(path)
+    for file in ("summary.json", f"runs/{run.id}/run.json", f"runs/{run.id}/rounds.jsonl"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
+def test_the_simulator_has_no_training_loop_of_its_own(tmp_path: Path) -> None:
+    """Workers in virtual time and workers in threads on the machine's clock end with the same theta."""
+    spec = only_run(write_file(tmp_path))
+    row, rounds = simulated(spec)
+    assert row["digests_equal"] and row["contributors_mean"] == 3
+    assert in_threads(spec, tmp_path) == {row["digest"]}
+    assert [line["round"] for line in rounds] == [0, 1, 2, 3, 4]
+
+
+def in_threads(spec: RunSpec, folder: Path) -> set[str]:
+    torch.set_num_threads(1)
+    swarm = MemorySwarm(
+        spec.manifest, Codec(spec.manifest.codec, FlatParameters(GPT(spec.manifest.model)).shapes)
+    )
+    workers, logs = [], []
+    for name in map(worker_name, range(spec.simulate.workers)):
+        settings = MachineSettings(
+            name, folder, "cpu", 1, max_rounds=spec.rounds, eval_every=0, checkpoint_every=0
+        )
+        logs.append(MetricsLog(folder / f"{name}.jsonl"))
+        exchange = MemoryExchange(swarm, name)
+        workers.append(
+            Worker(spec.manifest, settings, exchange, logs[-1], lambda _: None, corpus=corpus_of(spec))
+        )
+    threads = [threading.Thread(target=worker.run) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(100)
+        assert not thread.is_alive()
+    for log in logs:
+        log.close()
+    return {worker.outer.digest.hex() for worker in workers}
+
+
+def test_time_and_bytes_add_up(tmp_path: Path) -> None:
+    """Virtual time is the inner steps' plus the exchanges'; bytes are those of the payloads."""
+    spec = only_run(write_file(tmp_path, "[machines]\nstep_time_s = 2.0\n[network]\nprofile = 'dsl'\n"))
+    row, rounds = simulated(spec)
+    waited = sum(line["wait_s"] + line["exchange_s"] for line in rounds[1:])
+    assert row["virtual_time_s"] == pytest.approx(12 * 2.0 + waited, rel=0.01)
+    assert 0 < waited < 12
+    assert row["compute_share"] == pytest.approx(24 / row["virtual_time_s"], rel=0.01)
+    assert row["bytes_up_per_worker"] == pytest.approx(row["bytes_down_per_worker"])
+    assert row["tokens"] == 3 * 12 * 2 * 32
+    # Scatter: 2/3 of each payload. Gather: two copies of a span's union, which holds a third of three payloads.
+    assert row["bytes_up_per_worker"] == pytest.approx(4 * row["payload_bytes"] * (2 / 3 + 2), rel=0.05)
+    ring = 2 * (2 / 3) * 4 * row["num_params"] * 12
+    assert row["ratio_vs_fp32_allreduce"] == pytest.approx(ring / row["bytes_up_per_worker"], rel=1e-3)
+    assert rounds[-1]["eval_loss"] == row["eval_loss"] < rounds[0]["eval_loss"]
+
+
+def test_unequal_machines_and_split_data(tmp_path: Path) -> None:
+    """With a token target a machine of four times the speed does about four times the inner steps."""
+    replaced = (("workers = 3", "workers = 2"), ("steps = 12", "steps = 60"))
+    more = "[machines]\nspeeds = [4, 1]\n[exchange]\nround_tokens = 640\n"
+    spec = only_run(write_file(tmp_path, more, replaced))
+    row, _ = simulated(spec)
+    assert 0.9 < row["tokens"] / (20 * 640) < 1.3
+    assert row["digests_equal"]
+    assert row["compute_share"] > 0.3
+    split = only_run(write_file(tmp_path, more, (*replaced, ("[simulate]", "[simulate]\ndata = 'split'"))))
+    assert split.id != spec.id and simulated(split)[0]["digest"] != row["digest"]
+
+
+def test_those_who_come_and_go_leave_one_theta(tmp_path: Path) -> None:
+    """Joins, leaves and deaths change who is in a round; every round still ends with one theta."""
+    churn = "[churn]\njoins_per_hour = 1500\nleaves_per_hour = 1500\n"
+    row, rounds = simulated(only_run(write_file(tmp_path, churn, (("steps = 12", "steps = 30"),))))
+    assert row["rounds"] == 10 and row["digests_equal"]
+    assert len({line["contributors"] for line in rounds[1:]}) > 1
+
+
+def test_what_comes_too_late_is_kept(tmp_path: Path) -> None:
+    """Sections slower than the sender timeout are lost to the round, and the run goes on with one theta."""
+    slow = "[network]\nup_mbps = 0.001\n[exchange]\nsender_timeout_s = 2.0\n"
+    row, rounds = simulated(only_run(write_file(tmp_path, slow)))
+    assert row["digests_equal"] and row["rounds"] == 4
+    assert row["lost_sections"] == sum(line["lost_sections"] for line in rounds[1:]) == 4 * 3 * 2
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished runs are not repeated; the summary is the same as without the interruption."""
+    path = write_file(
+        tmp_path,
+        '[grid]\ncodec.k = [64, 128]\nexchange.overlap = ["none", "eager"]\n',
+        (("steps = 12", "steps = 3"),),
+    )
+    sweep, done = load_sweep(path), list[str]()
+    assert [run.label for run in sweep.runs] == [
+        f"k={k} overlap={overlap}" for k in (64, 128) for overlap in ("none", "eager")
+    ]
+    real = sim_jobs.simulate
+
+    def stops_in_the_third(*args: object) -> object:
+        done.append(args[0].id)  # type: ignore[attr-defined]
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return real(*args)  # type: ignore[arg-type]
+
+    command = ["simulate", str(path), "--jobs", "1", "--out"]
+    monkeypatch.setattr(sim_jobs, "simulate", stops_in_the_third)
+    assert cli.main([*command, str(tmp_path / "a")]) == 130
+    partial = ResultFolder(tmp_path / "a").summary()
+    assert not partial["finished"] and [row["id"] for row in partial["rows"]] == done[:2]
+    assert cli.main([*command, str(tmp_path / "a")]) == 0
+    assert [*done[:2], *done[3:]] == [run.id for run in sweep.runs]
+    monkeypatch.setattr(sim_jobs, "simulate", real)
+    assert cli.main([*command, str(tmp_path / "b")]) == 0
+    assert (tmp_path / "a/summary.json").read_bytes() == (tmp_path / "b/summary.json").read_bytes()
+    for name in ("loss_tokens", "loss_bytes", "loss_time"):
+        assert (tmp_path / f"a/plots/{name}.png").stat().st_size > 10_000
+        assert "<svg" in (tmp_path / f"a/plots/{name}.svg").read_text()
+
+
+def test_processes_give_the_same_as_one(tmp_path: Path) -> None:
+    """Runs in processes of their own end as they do in this one, and leave no process behind."""
+    path = write_file(tmp_path)
+    command = ["simulate", str(path), "--seeds", "2", "--out"]
+    assert cli.main([*command, str(tmp_path / "two"), "--jobs", "2"]) == 0
+    assert cli.main([*command, str(tmp_path / "one"), "--jobs", "1"]) == 0
+    assert (tmp_path / "one/summary.json").read_bytes() == (tmp_path / "two/summary.json").read_bytes()
+    rows = json.loads((tmp_path / "one/summary.json").read_text())["rows"]
+    assert [row["seed"] for row in rows] == [0, 1]
+    assert rows[0]["digest"] != rows[1]["digest"] and rows[0]["label"] == rows[1]["label"]
+
+
+def test_a_run_that_fails_does_not_end_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A diverged run is reported with its reason; the others' rows are there, and the exit code is 1."""
+    path = write_file(tmp_path, "[grid]\ntrain.lr = [1e30, 1e-3]\n")
+    assert cli.main(["simulate", str(path), "--out", str(tmp_path / "out"), "--jobs", "1"]) == 1
+    summary = ResultFolder(tmp_path / "out").summary()
+    assert [row["settings"]["train.lr"] for row in summary["rows"]] == [1e-3]
+    (reason,) = summary["runs_failed"].values()
+    assert "\n" not in reason and reason in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("more", "replaced", "words"),
+    [
+        ("[simulat]\n", (), "unknown setting simulat (did you mean simulate?)"),
+        ("[network]\nprofle = 'dsl'\n", (), "unknown setting network.profle (did you mean profile?)"),
+        ("[network]\nprofile = 'adsl'\n", (), "network.profile must be one of datacenter"),
+        ("[network]\nloss = 0.9\n", (), "network.loss must be a number from 0 to 0.5, not 0.9"),
+        ("[machines]\nspeeds = [1, 0]\n", (), "machines.speeds must be a list of numbers above 0"),
+        ("[churn]\ncrash_share = 2\n", (), "churn.crash_share must be between 0 and 1"),
+        ("[grid]\ncodec.q = [1]\n", (), "unknown setting codec.q"),
+        ("[grid]\ncodec.k = 64\n", (), "grid: codec.k must be a list of values to try"),
+        ("[grid]\ncodec.k = [0]\n", (), "codec: k must be a whole number from 1 to 4096, not 0"),
+        ("[grid]\ncodec.k = [64, 64]\n", (), "comes twice"),
+        ("[[variants]]\ncodec.k = 64\n", (), "variants.label must be the variant's name"),
+        ("[strategy]\nname = 'sgd'\n", (), "strategy.name"),
+        ("", (("steps = 12", "steps = 10"),), "simulate.steps must be a multiple of train.inner_steps = 3"),
+        ("", (("workers = 3", "workers = 0"),), "simulate.workers must be at least 1, not 0"),
+        ("", (("[data]", "[data]\nfile = 'nowhere.txt'"),), "cannot read the text"),
+        ("", (('name = "tiny"', 'name = "a b"'),), "name must be 1 to 64 letters"),
+        ("", (("[data]", "[data"),), "is no valid TOML"),
+    ],
+)
+def test_a_bad_file_is_one_line(
+    more: str,
+    replaced: tuple[tuple[str, str], ...],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Unknown keys, impossible values and missing data: one line that names the file and the key, exit code 2."""
+    path = write_file(tmp_path, more, replaced)
+    assert cli.main(["simulate", str(path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert words in said and str(path) in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    """A file that is not there is named."""
+    with pytest.raises(UsageError, match=r"nowhere\.toml: No such file"):
+        load_sweep(tmp_path / "nowhere.toml")
