@@ -79,7 +79,8 @@ class StateDonor:
     ) -> AsyncIterator[BytesValue]:
         """Answer one request of a newcomer, which `read_header` reads:
 
-        {"want": "offer", "digest": D}            {"states": [[round, work, digest], ...]}, that of D too if we can
+        {"want": "offer", "digest": D, "work": W}     {"states": [[round, work, digest], ...]}, that of D too if we can,
+                                                      and one with at least as much work as the newcomer has itself
         {"want": "hashes", "digest": D}           blob: the hash of every piece
         {"want": "piece", "digest": D, "piece": i}     blob: that piece
         """
@@ -89,7 +90,7 @@ class StateDonor:
             nonlocal lease
             header = await read_header()
             if header.get("want") == "offer":
-                return await self._offer(header.get("digest"))
+                return await self._offer(header.get("digest"), header.get("work"))
             snapshot = self._find(header.get("digest"))
             if header.get("want") == "hashes":
                 return {}, snapshot.hashes
@@ -106,12 +107,14 @@ class StateDonor:
             if lease is not None:
                 lease.close()
 
-    async def _offer(self, wanted: object) -> Reply:
+    async def _offer(self, wanted: object, least_work: object) -> Reply:
         async with self._making:
             now, (round, digest) = time.monotonic(), self._standing()
             self._snapshots = [s for s in self._snapshots if now - s.used < UNUSED_S]
             held = {snapshot.digest for snapshot in self._snapshots}
             is_fresh = bool(self._snapshots) and round - self._snapshots[-1].round <= FRESH_ROUNDS
+            if isinstance(least_work, (int, float)) and is_fresh:
+                is_fresh = self._snapshots[-1].work >= least_work
             if (
                 digest not in held
                 and (wanted == digest or not (is_fresh or wanted in held))

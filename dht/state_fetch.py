@@ -133,7 +133,7 @@ class StateFetch:
     async def _ask_offers(self, donor: str, wanted: bytes) -> list[Standing]:
         reply, _ = await ask(
             self._method(donor, "rpc_fetch_state"),
-            {"want": "offer", "digest": wanted},
+            {"want": "offer", "digest": wanted, "work": self._least_work},
             max_bytes=0,
             timeout_s=STALL_S,
             reply_timeout_s=OFFER_TIMEOUT_S,

@@ -181,6 +181,18 @@ def test_a_state_with_less_work_than_ours_is_not_fetched(tmp_path: Path) -> None
     assert donor.asked == []
 
 
+def test_a_worker_that_differs_gets_a_state_that_is_not_behind_its_own(tmp_path: Path) -> None:
+    """Even when a donor holds an older snapshot that would do for newcomers."""
+
+    async def scenario() -> None:
+        donor = Donor(tmp_path, OTHER, 7, 5e5)
+        await donor.ask(want="offer", digest=b"")
+        donor.move_to(STATE, 9, 1e6)
+        assert await Newcomer(tmp_path / "in", {"a": donor}, least_work=1e6).fetch() == AT_NINE
+
+    asyncio.run(scenario())
+
+
 def test_a_download_that_gets_nowhere_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After GIVE_UP_S without a piece there is no state for now; what is here stays."""
     monkeypatch.setattr(state_fetch, "GIVE_UP_S", 0.3)
