@@ -22,6 +22,7 @@ COMMANDS = {
     "log": ("dtrain.trainer.cli_control", "what a worker said last"),
     "dashboard": ("dtrain.experiments.dashboard", "watch a run, control this machine, compare experiments"),
     "bench": ("dtrain.experiments.bench", "measure speed and size side by side"),
+    "plan": ("dtrain.experiments.plan", "predict bytes, time and memory of a run"),
     "simulate": ("dtrain.experiments.simulate", "compare strategies over a modelled network"),
     "demo": ("dtrain.experiments.demo", "watch a small swarm train on this machine"),
 }
