@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,18 @@ def _machine(seconds: float, rounds: int) -> Row:
 
 
 def run_all(
-    sweep: Sweep, config: Path, seeds: int, folder: ResultFolder, specs: Sequence[RunSpec], jobs: int
-) -> Generator[Row, None, None]:
-    """Simulate these runs of a sweep; yields what `Report` gets. Close it to stop: no process is left."""
+    sweep: Sweep,
+    config: Path,
+    seeds: int,
+    folder: ResultFolder,
+    specs: Sequence[RunSpec],
+    jobs: int,
+    report: Report,
+) -> None:
+    """Simulate these runs of a sweep. However it ends, no process is left."""
     if jobs == 1:
-        yield from _in_this_process(sweep, folder, specs)
+        for spec in specs:
+            run_one(spec, sweep.data, folder, report)
         return
     todo = [spec.id for spec in reversed(specs)]
     events: queue.Queue[tuple[subprocess.Popen[str], Row | None]] = queue.Queue()
@@ -85,16 +92,9 @@ def run_all(
             process, event = events.get()
             if event is None:
                 raise RunError("a simulation process has ended by itself; what it said is above")
-            yield event
+            report(event)
             if "round" not in event and not _give(process, todo):
                 busy -= 1
-
-
-def _in_this_process(sweep: Sweep, folder: ResultFolder, specs: Sequence[RunSpec]) -> Iterator[Row]:
-    for spec in specs:
-        events: list[Row] = []
-        run_one(spec, sweep.data, folder, events.append)
-        yield from events
 
 
 def _give(process: subprocess.Popen[str], todo: list[str]) -> bool:

@@ -6,14 +6,13 @@ import argparse
 import importlib.util
 import os
 import sys
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.trainer.errors import UsageError
 
 if TYPE_CHECKING:
-    from dtrain.experiments.results import ResultFolder
+    from dtrain.experiments.results import ResultFolder, Row
     from dtrain.experiments.sim_file import Sweep
 
 INSTALL = "pip install 'dtrain[simulate]'"
@@ -66,16 +65,18 @@ def _simulate(sweep: Sweep, args: argparse.Namespace, folder: ResultFolder) -> i
     todo = [spec for spec in sweep.runs if folder.row(spec.id) is None]
     failed: dict[str, str] = {}
     seeds = len({spec.seed for spec in sweep.runs})
+    jobs = args.jobs or min(len(todo), os.cpu_count() or 1)
+
+    def take(event: Row) -> None:
+        progress.take(event)
+        if "failed" in event:
+            failed[event["id"]] = event["failed"]
+        if "round" not in event:
+            folder.write_summary(summarize(sweep, folder, failed))
+
     try:
         with Progress(sweep, todo, console) as progress:
-            jobs = args.jobs or min(len(todo), os.cpu_count() or 1)
-            with closing(run_all(sweep, args.file, seeds, folder, todo, max(1, jobs))) as events:
-                for event in events:
-                    progress.take(event)
-                    if "failed" in event:
-                        failed[event["id"]] = event["failed"]
-                    if "round" not in event:
-                        folder.write_summary(summarize(sweep, folder, failed))
+            run_all(sweep, args.file, seeds, folder, todo, max(1, jobs), take)
     except KeyboardInterrupt:
         folder.write_summary(summarize(sweep, folder, failed))
         console.print("Stopped. The same command goes on with the runs that are missing.")
