@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dtrain.compression import dct
 from dtrain.compression.codec import Codec
+from dtrain.compression.warm_up import warm_up
 from dtrain.trainer.data import Corpus, open_corpus
 from dtrain.trainer.feedback import ErrorFeedback
 from dtrain.trainer.flat import FlatParameters
@@ -39,6 +40,7 @@ def test_one_theta_nothing_lost_and_the_loss_falls(name: str, overlap: str, tmp_
     """The laws hold for every strategy, in turn with training and under it; a late joiner takes part."""
     manifest = strategy_manifest(name, exchange__overlap=overlap)
     rounds = 36 // manifest.train.inner_steps
+    warm_up(manifest.codec)  # compiling may take longer than the swarm's deadline
     with swarm_of(manifest, tmp_path) as threads:
         for worker in NAMES:
             threads.start(worker, max_rounds=rounds, audit=True)
