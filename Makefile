@@ -13,7 +13,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_JOBS ?= 2
 
-.PHONY: browser-test dashboard-load setup demo test check chaos fuzz soak join-test nat-test proto clean
+.PHONY: browser-test dashboard-load setup demo test check chaos fuzz soak join-test nat-test proto evidence clean
 
 setup: $(STAMP)
 
@@ -84,6 +84,12 @@ browser-test: setup $(AXE)
 # 1,000 viewers for a minute, 100 that never read, a million stored points: about 4 minutes.
 dashboard-load: setup
 	$(BIN)/dtrain bench dashboard
+
+# The figures of experiments/RESULTS.md: hours. It can be stopped, and the same command goes on.
+evidence: setup
+	for name in strategies diloco workers ablations; do \
+	  $(BIN)/dtrain simulate experiments/configs/$$name.toml || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) .hypothesis .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
