@@ -33,6 +33,7 @@ from dtrain.dht.identity import IdentityError, load_or_create
 from dtrain.dht.matchmaking import LocalDht
 from dtrain.dht.meeting import Rounds
 from dtrain.dht.membership import Contribution
+from dtrain.dht.distance import Probe, measure_any
 from dtrain.dht.partial_state import NoSpace
 from dtrain.dht.reachability import CLIENT, DIRECT, Witness
 from dtrain.dht.streams import StreamError, in_background
@@ -126,6 +127,7 @@ class NetworkPeer:
         )  # without it we are deaf: end, be restarted
         if self._connection.reach == DIRECT:
             await Witness(self._p2p, self._seen_addresses).open()
+            await Probe(self._p2p).open()
         self._tasks += [
             asyncio.create_task(self._connection.keep(self._seen_addresses)),
             asyncio.create_task(self._watch_connection()),
@@ -136,9 +138,19 @@ class NetworkPeer:
             "reach": self._connection.reach,
         }
 
+    async def probe(self, args: Args) -> Args | None:
+        """A peer's clock against ours and the bandwidth to it; None when none answers."""
+        found = await measure_any(self._p2p, self._connection.known)
+        return None if found is None else vars(found)
+
     async def find_manifests(self, args: Args) -> list[bytes]:
         """Every manifest that somebody has published under this run id, unchecked."""
         return await manifests.find(self._node, args["run_id"])
+
+    async def publish(self, args: Args) -> None:
+        """Keep a run's manifest in the DHT without taking part in the run."""
+        task = manifests.publish(self._node, args["run_id"], args["manifest"])
+        self._tasks.append(asyncio.create_task(task))
 
     async def open_run(self, args: Args) -> None:
         """Begin to take part in a run."""
@@ -283,7 +295,9 @@ class NetworkPeer:
 
 COMMANDS: dict[str, Callable[[NetworkPeer, Args], Awaitable[Any]]] = {
     "connect": NetworkPeer.connect,
+    "probe": NetworkPeer.probe,
     "find_manifests": NetworkPeer.find_manifests,
+    "publish": NetworkPeer.publish,
     "open_run": NetworkPeer.open_run,
     "limit": NetworkPeer.limit,
     "observe": NetworkPeer.observe,

@@ -150,7 +150,7 @@ def test_a_run_that_the_peer_does_not_know(tmp_path: Path, capsys: pytest.Captur
             "a", "--preset", "tiny", "--inner-steps", "2", "--batch-size", "2", "--eval-every", "0"
         )
         first.wait_for_round(1)
-        invite = first.log.read_text().split("--invite ")[1].split()[0]
+        invite = first.log.read_text().split("dtrain join ")[1].split()[0]
         address = decode(invite).addresses[0]
         assert "unknown-run" in refused(capsys, "--run-id", "unknown-run", "--peer", address)
 

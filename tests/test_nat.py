@@ -35,7 +35,7 @@ def net() -> Iterator[Internet]:
 
 def invite_of(worker: WorkerProcess) -> str:
     """The invite that a worker prints."""
-    found = eventually(lambda: re.search(r"--invite (\S+)", worker.tail()), f"no invite:\n{worker.tail()}")
+    found = eventually(lambda: re.search(r"dtrain join (\S+)", worker.tail()), f"no invite:\n{worker.tail()}")
     return str(found[1])
 
 

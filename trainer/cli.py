@@ -8,32 +8,52 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = {
-    "worker": ("dtrain.trainer.cli_worker", "join a run, or begin one, and train"),
-    "status": ("dtrain.trainer.cli_control", "what this machine's workers are doing"),
-    "pause": ("dtrain.trainer.cli_control", "hand in what is trained, then hold until `dtrain resume`"),
-    "resume": ("dtrain.trainer.cli_control", "go on after a pause"),
-    "finish": ("dtrain.trainer.cli_control", "leave after the round under way"),
-    "stop": ("dtrain.trainer.cli_control", "leave now"),
-    "limit": (
-        "dtrain.trainer.cli_control",
-        "what a worker may take: bandwidth, computing time, hours, traffic",
-    ),
-    "log": ("dtrain.trainer.cli_control", "what a worker said last"),
-    "dashboard": ("dtrain.experiments.dashboard", "watch a run, control this machine, compare experiments"),
-    "bench": ("dtrain.experiments.bench", "measure speed and size side by side"),
-    "plan": ("dtrain.experiments.plan", "predict bytes, time and memory of a run"),
-    "simulate": ("dtrain.experiments.simulate", "compare strategies over a modelled network"),
-    "demo": ("dtrain.experiments.demo", "watch a small swarm train on this machine"),
+_CONTROL = "dtrain.trainer.cli_control"
+
+GROUPS = {
+    "Take part": {
+        "join": ("dtrain.trainer.cli_join", "join a run with the invite that you were given"),
+        "worker": ("dtrain.trainer.cli_worker", "begin a run, or join one that is visible here, by its name"),
+        "runs": ("dtrain.trainer.cli_runs", "list the runs that are visible here"),
+        "doctor": (
+            "dtrain.trainer.cli_doctor",
+            "check whether this machine can take part, before any download",
+        ),
+        "dashboard": (
+            "dtrain.experiments.dashboard",
+            "watch a run, control this machine, compare experiments",
+        ),
+        "demo": ("dtrain.experiments.demo", "watch a small swarm train on this machine"),
+    },
+    "Your worker": {
+        "status": (_CONTROL, "what this machine's workers are doing"),
+        "pause": (_CONTROL, "hand in what is trained, then hold until `dtrain resume`"),
+        "resume": (_CONTROL, "go on after a pause"),
+        "finish": (_CONTROL, "leave after the round under way"),
+        "stop": (_CONTROL, "leave now"),
+        "limit": (_CONTROL, "what a worker may take: bandwidth, computing time, hours, traffic"),
+        "log": (_CONTROL, "what a worker said last"),
+    },
+    "Organize": {
+        "create": ("dtrain.trainer.cli_create", "prepare a run: its settings, your key, an invite"),
+        "bootstrap": (
+            "dtrain.trainer.cli_bootstrap",
+            "keep a run reachable from a small server, without training",
+        ),
+        "invite": ("dtrain.trainer.cli_invite", "print an invite to a run that this machine takes part in"),
+        "bench": ("dtrain.experiments.bench", "measure speed and size side by side"),
+        "plan": ("dtrain.experiments.plan", "predict bytes, time and memory of a run"),
+        "simulate": ("dtrain.experiments.simulate", "compare strategies over a modelled network"),
+    },
 }
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 DESCRIPTION = """\
 Train a language model together with others, over ordinary internet links.
 
-  dtrain demo                                see it work on this machine
-  dtrain worker --run-id NAME                begin a run, or join it on this machine
-  dtrain worker --run-id NAME --invite TEXT  join a run elsewhere
-  dtrain dashboard --run-id NAME             watch it in the browser
+  dtrain join INVITE            join a run that you were invited to
+  dtrain worker --run-id NAME   begin a run; others on this network join with the same line
+  dtrain demo                   see it work on this machine first
 """
 
 
@@ -41,12 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake is one line on stderr and exit code 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
-        prog="dtrain", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="dtrain",
+        usage="dtrain COMMAND ...",
+        description=DESCRIPTION,
+        epilog=_page(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, help=argparse.SUPPRESS)
     wanted = next((a for a in arguments if not a.startswith("-")), None)
     for name, (module, text) in COMMANDS.items():
-        command = parsers.add_parser(name, help=text, description=text)
+        command = parsers.add_parser(
+            name, prog=f"dtrain {name}", description=text[0].upper() + text[1:] + "."
+        )
         if name == wanted:
             importlib.import_module(module).add_arguments(command)
     args = parser.parse_args(arguments)
@@ -60,6 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+def _page() -> str:
+    """All commands, by what they are for."""
+    lines = []
+    for title, commands in GROUPS.items():
+        lines.append(f"{title}:")
+        lines += [f"  {name:<10} {text}" for name, (_, text) in commands.items()]
+        lines.append("")
+    return "\n".join(lines) + "\n`dtrain COMMAND --help` shows a command's flags and an example."
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Run one of the commands."""
     changes = typed_limits(args) if args.command == "limit" else {}
     with ExitStack() as stack:
-        workers = [stack.enter_context(client) for client in _find(args)]
+        workers = [stack.enter_context(client) for client in find_workers(args)]
         if args.command == "status":
             return _show(workers, args)
         if args.command == "log":
@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _find(args: argparse.Namespace) -> list[ControlClient]:
+def find_workers(args: argparse.Namespace) -> list[ControlClient]:
+    """The workers of this machine that the flags mean. UsageError if there is none."""
     from dtrain.dht import rendezvous
     from dtrain.trainer import control_files
     from dtrain.trainer.control_client import ControlClient

@@ -39,6 +39,9 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--checkpoint-every", type=int, default=5, help="rounds a checkpoint; 0 = never")
     machine.add_argument("--keep-checkpoints", type=int, default=3, help="checkpoints that stay on disk")
     machine.add_argument("--host", default="0.0.0.0", help="IPv4 address to listen on")
+    machine.add_argument(
+        "--no-lan", action="store_true", help="neither look for the run on this network nor be found there"
+    )
     machine.add_argument("--port", type=int, default=0, help="TCP port to listen on; 0 = any free one")
     machine.add_argument(
         "--no-relay", action="store_true", help="never pass on for others, nor be reached through others"
@@ -86,3 +89,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--round-tokens", type=int, help="a round ends when all have trained so many; 0 = fixed steps"
     )
     shared.add_argument("--matchmaking-s", type=float, help="longest wait for missing workers, in seconds")
+
+
+def add_no_run_flags(parser: argparse.ArgumentParser) -> None:
+    """For a command that takes the run as it is: what `add_run_flags` declares, left open."""
+    shared = argparse.ArgumentParser(add_help=False)
+    add_run_flags(shared)
+    nothing: dict[str, Any] = {action.dest: None for action in shared._actions}
+    parser.set_defaults(**nothing, run_id=None, peer=[])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dtrain.trainer.cli_run import run_folder
 from dtrain.trainer.errors import UsageError
 
 MAX_WORKERS_IN_A_FOLDER = 64
@@ -19,10 +20,10 @@ def worker_folder(args: argparse.Namespace, run_id: str) -> Iterator[tuple[str, 
     if args.folder is not None:
         choices = [(args.name or args.folder.name, args.folder)]
     elif args.name is not None:
-        choices = [(args.name, Path("dtrain-runs") / run_id / args.name)]
+        choices = [(args.name, run_folder(run_id) / args.name)]
     else:
         names = [f"worker-{n}" for n in range(1, MAX_WORKERS_IN_A_FOLDER + 1)]
-        choices = [(name, Path("dtrain-runs") / run_id / name) for name in names]
+        choices = [(name, run_folder(run_id) / name) for name in names]
     for name, folder in choices:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -61,14 +61,17 @@ def check_address(args: argparse.Namespace) -> None:
 
 
 def parse_invite(args: argparse.Namespace) -> Invite | None:
-    if args.invite is None:
-        return None
+    return None if args.invite is None else decode_invite(args.invite)
+
+
+def decode_invite(text: str) -> Invite:
+    """What an invite says; UsageError for a text that is none."""
     from dtrain.dht.invite import InviteError, decode
 
     try:
-        return decode(args.invite)
+        return decode(text)
     except InviteError as error:
-        raise UsageError(f"--invite: {error}") from None
+        raise UsageError(str(error)) from None
 
 
 def choose_run_id(args: argparse.Namespace, invite: Invite | None) -> str:
@@ -147,12 +150,28 @@ def find_manifest(exchange: DhtExchange, run_id: str, invite: Invite | None) -> 
     )
 
 
+def run_folder(run_id: str) -> Path:
+    """Where this machine keeps what belongs to a run."""
+    return Path("dtrain-runs") / run_id
+
+
 def stored_manifest(folder: Path) -> SignedManifest | None:
-    """The run's manifest as this folder has it from last time."""
+    """The run's manifest as this worker's folder has it from last time, else as `dtrain create` left it beside."""
     from dtrain.trainer.signing import SignedManifest
 
-    path = folder / "manifest.json"
-    return SignedManifest.from_json(path.read_text()) if path.exists() else None
+    for path in (folder / "manifest.json", folder.parent / "manifest.json"):
+        if path.exists():
+            return SignedManifest.from_json(path.read_text())
+    return None
+
+
+def invite_text(exchange: DhtExchange, signed: SignedManifest) -> str:
+    """An invite through this peer, or through those that it joined by."""
+    from dtrain.dht.invite import MAX_ADDRESSES, Invite
+
+    addresses = tuple(exchange.addresses[:MAX_ADDRESSES])
+    organizer = bytes.fromhex(signed.manifest.organizer)
+    return Invite(signed.manifest.run_id, signed.manifest.hash, organizer, addresses).encode()
 
 
 def begin_run(args: argparse.Namespace, run_id: str, folder: Path) -> SignedManifest:

@@ -19,11 +19,13 @@ from dtrain.trainer.cli_run import (
     check_flags,
     choose_run_id,
     find_manifest,
+    invite_text,
     parse_invite,
     proposed_manifest,
     stored_manifest,
     warm_up_codec,
 )
+from dtrain.trainer.cli_visible import found_peers, visible_on_the_network
 from dtrain.trainer.errors import RunError, UsageError
 from dtrain.trainer.voice import Voice
 
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 # Shown what will be joined, before anything is; False = the user would rather not.
-Approve = Callable[["Worker", "DhtExchange", "SignedManifest", Voice], bool]
+Approve = Callable[["Worker", Voice], bool]
 
 
 def run_worker(args: argparse.Namespace, approve: Approve = lambda *_: True) -> int:
@@ -105,12 +107,12 @@ class Session:
         from dtrain.dht.process import ExchangeError
 
         self._serve_control()
-        stored = stored_manifest(self.folder)
+        stored, peers = stored_manifest(self.folder), list[str]()
         try:
             with ExitStack() as beginning:
                 beginning.enter_context(rendezvous.lock())  # two started at once must not both begin the run
                 peers = list(self.args.peer) + list(self.invite.addresses if self.invite else ())
-                peers = peers or _found_peers(self.run_id)
+                peers = peers or found_peers(self.run_id, self.args, self.voice)
                 if peers:
                     beginning.close()  # the run is there already
                 exchange = self._connect(peers)
@@ -118,7 +120,7 @@ class Session:
                 return self._join(exchange, signed)
         except ExchangeError as error:
             # With no peers or only typed ones, what was typed is what is wrong.
-            typed_wrong = self.args.peer or self.args.invite or not _found_peers(self.run_id)
+            typed_wrong = self.args.peer or self.args.invite or not peers
             raise (UsageError if typed_wrong else RunError)(str(error)) from None
 
     def _serve_control(self) -> None:
@@ -176,12 +178,12 @@ class Session:
         warming = warm_up_codec(signed, self.voice)
         metrics = self._stack.enter_context(_metrics(self.folder))
         worker = self._build(signed, exchange, metrics)
-        if not self._approve(worker, exchange, signed, self.voice):
-            return None
         (self.folder / "manifest.json").write_text(signed.to_json())
-        self._invite_text = _invite_text(exchange, signed)
         _open_run(exchange, signed, worker)
         warming.join()
+        if not self._approve(worker, self.voice):
+            return None
+        self._invite_text = invite_text(exchange, signed)
         metrics.write(
             "start",
             name=self.name,
@@ -193,12 +195,13 @@ class Session:
             num_params=worker.codec.num_params,
             reach=exchange.reach,
         )
+        self._stack.enter_context(visible_on_the_network(exchange, signed, self.args))
         exchange.on_change = lambda state, reason: self._changed(exchange, metrics, state, reason)
         self.voice.say(
             f"Run {self.run_id}: {worker.codec.num_params / 1e6:.1f}M parameters on {worker.report.device}; "
             f"you are {self.name} ({exchange.peer_id[-8:]}). Ctrl-C leaves cleanly."
         )
-        self.voice.say(f"Others join with:\n  dtrain worker --invite {self._invite_text}")
+        self.voice.say(f"Others join with:\n  dtrain join {self._invite_text}")
         return worker
 
     def _build(self, signed: SignedManifest, exchange: DhtExchange, metrics: MetricsLog) -> Worker:
@@ -246,13 +249,6 @@ class Session:
             self.voice.say(f"The network is back. {REACH_LINES[exchange.reach]}")
 
 
-def _found_peers(run_id: str) -> list[str]:
-    """Addresses of the run's workers on this machine."""
-    from dtrain.dht import rendezvous
-
-    return [address for worker in rendezvous.find(run_id) for address in worker.addresses]
-
-
 def _open_run(exchange: DhtExchange, signed: SignedManifest, worker: Worker) -> None:
     manifest, terms = signed.manifest, signed.manifest.exchange
     exchange.open_run(
@@ -270,14 +266,6 @@ def _open_run(exchange: DhtExchange, signed: SignedManifest, worker: Worker) -> 
         heartbeat_s=terms.heartbeat_s,
         heartbeat_ttl_s=terms.heartbeat_ttl_s,
     )
-
-
-def _invite_text(exchange: DhtExchange, signed: SignedManifest) -> str:
-    from dtrain.dht.invite import MAX_ADDRESSES, Invite
-
-    addresses = tuple(exchange.addresses[:MAX_ADDRESSES])
-    organizer = bytes.fromhex(signed.manifest.organizer)
-    return Invite(signed.manifest.run_id, signed.manifest.hash, organizer, addresses).encode()
 
 
 @contextmanager

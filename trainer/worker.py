@@ -175,7 +175,7 @@ class Worker:
         round = self.outer.round + (self._delivery is not None)
         pace = self.report.begin_round(round)
         losses = []
-        for x, y in self._batches(round):
+        for x, y in self.batches(round):
             if self._stop.is_set() or self.pacer.is_over(pace):
                 break
             if pace.steps and self.control.held():
@@ -189,7 +189,7 @@ class Worker:
         self.report.end_training(pace)
         return Training(round, pace.tokens, loss)
 
-    def _batches(self, round: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, round: int) -> Iterator[tuple[Tensor, Tensor]]:
         config = self.manifest.train
         return self.corpus.batches(
             seed=config.seed,
