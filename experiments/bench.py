@@ -19,6 +19,7 @@ BENCHES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benches and their flags."""
+    parser.epilog = "example: dtrain bench codec"
     parsers = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
     for name, (module, text) in BENCHES.items():
         importlib.import_module(module).add_arguments(parsers.add_parser(name, help=text, description=text))

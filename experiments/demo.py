@@ -39,6 +39,7 @@ fell and all workers that are left hold the same weights.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
+    parser.epilog = "example: dtrain demo --workers 3 --rounds 10"
     parser.description, parser.formatter_class = DESCRIPTION, argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--workers",

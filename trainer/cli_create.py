@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.check is not None:
         manifest = manifest_from_toml(args.check, {"run_id": args.run_id})
-        print(f"{args.check} is a good run file: run {manifest.run_id}, settings {manifest.hash.hex()[:8]}.")
+        print(f"{args.check} is a good run file, of the run {manifest.run_id}.")
         return 0
     if args.run_id is None and args.config is None:
         raise UsageError("what is the run called? type --run-id NAME, or --config with a run file")

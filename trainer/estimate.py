@@ -59,7 +59,9 @@ def estimate(worker: Worker) -> Estimate:
     step_s = _step_s(worker)
     own_rate = tokens_per_step / step_s
     others = [view for view in worker.exchange.swarm() if view.status["state"] not in ABSENT]
-    rate = own_rate + sum(_number(view, "tokens_per_s") for view in others)
+    rate = own_rate + sum(
+        _number(view, "tokens_per_s") or own_rate for view in others
+    )  # 0: it does not say now
     if manifest.exchange.round_tokens:
         train_s = min(manifest.exchange.round_tokens / rate, manifest.exchange.round_deadline_s)
     else:
@@ -109,7 +111,7 @@ def _step_s(worker: Worker) -> float:
         began = worker.clock.monotonic()
         loss = forward(worker.model, x, y, worker.local.flat.device)
         loss.backward()  # type: ignore[no-untyped-call]
-        float(loss)
+        float(loss.detach())
         worker.model.zero_grad(set_to_none=False)
         seconds = worker.clock.monotonic() - began
     return max(1e-6, seconds)
