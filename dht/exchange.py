@@ -108,28 +108,10 @@ class DhtExchange:
         except ConnectionLost:
             pass  # said again when the network process is back
 
-    def probe(self) -> dict[str, float] | None:
-        """See `dht.distance.Distance`; None when no peer answers."""
-        found: dict[str, float] | None = self.process.command("probe")
-        return found
-
     def find_manifests(self, run_id: str) -> list[bytes]:
         """Signed manifests that peers have published under this run id, unchecked."""
         found: list[bytes] = self.process.command("find_manifests", run_id=run_id)
         return found
-
-    def publish(self, *, run_id: str, manifest: bytes) -> None:
-        """Keep a run's manifest in the DHT from now on, also over restarts of the network process; do not take part."""
-
-        def set_up() -> None:
-            self.process.command("publish", run_id=run_id, manifest=manifest)
-
-        def come_back() -> None:
-            self.connect()
-            set_up()
-
-        set_up()
-        self.process.set_up = come_back
 
     def open_run(
         self,

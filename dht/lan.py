@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from zeroconf import IPVersion, ServiceBrowser, ServiceInfo, ServiceStateChange, Zeroconf
 
-from dtrain.dht.reachability import ip_of, is_loopback
+from dtrain.dht.addresses import ip_of, is_loopback
 from dtrain.dht.roaming import own_addresses
 
 SERVICE = "_dtrain._tcp.local."

@@ -14,7 +14,6 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,13 @@ from dtrain.compression.warm_up import warm_up
 from dtrain.dht import ipc, manifests, notes, rendezvous, streams
 from dtrain.dht.averager import RunTerms, SwarmAverager
 from dtrain.dht.connection import attach
+from dtrain.dht.distance import Probe, measure_any
 from dtrain.dht.faults import PIECE_BYTES, FaultPlan
 from dtrain.dht.heartbeats import Heartbeats
 from dtrain.dht.identity import IdentityError, load_or_create
 from dtrain.dht.matchmaking import LocalDht
 from dtrain.dht.meeting import Rounds
 from dtrain.dht.membership import Contribution
-from dtrain.dht.distance import Probe, measure_any
 from dtrain.dht.partial_state import NoSpace
 from dtrain.dht.reachability import CLIENT, DIRECT, Witness
 from dtrain.dht.streams import StreamError, in_background
@@ -41,6 +40,11 @@ from dtrain.dht.transfer import StateTransfer
 from dtrain.dht.transport import Traffic, TransportError, patch_hivemind
 
 SNAPSHOT_TIMEOUT_S = 60.0
+# The worker's commands, each a method of NetworkPeer.
+COMMANDS = {
+    *("connect", "distance", "find_manifests", "publish", "open_run", "limit", "observe", "announce"),
+    *("post", "read_notes", "run_round", "fetch_round", "fetch_state"),
+}
 SHOW_PERIOD_S = 0.25
 LEAVE_S = 2.0  # longest wait for our last heartbeat on the way out
 
@@ -81,7 +85,8 @@ class NetworkPeer:
 
     async def _carry_out(self, message: ipc.Message) -> None:
         try:
-            value = await COMMANDS[message["do"]](self, message["args"])
+            assert message["do"] in COMMANDS
+            value = await getattr(self, message["do"])(message["args"])
             reply = {"id": message["id"], "value": value}
         except (TransportError, IdentityError, StreamError, NoSpace) as error:
             reply = {"id": message["id"], "error": str(error)}
@@ -138,7 +143,7 @@ class NetworkPeer:
             "reach": self._connection.reach,
         }
 
-    async def probe(self, args: Args) -> Args | None:
+    async def distance(self, args: Args) -> Args | None:
         """A peer's clock against ours and the bandwidth to it; None when none answers."""
         found = await measure_any(self._p2p, self._connection.known)
         return None if found is None else vars(found)
@@ -291,23 +296,6 @@ class NetworkPeer:
                 self._p2p._terminate()
             if self._private != Path():
                 shutil.rmtree(self._private, ignore_errors=True)
-
-
-COMMANDS: dict[str, Callable[[NetworkPeer, Args], Awaitable[Any]]] = {
-    "connect": NetworkPeer.connect,
-    "probe": NetworkPeer.probe,
-    "find_manifests": NetworkPeer.find_manifests,
-    "publish": NetworkPeer.publish,
-    "open_run": NetworkPeer.open_run,
-    "limit": NetworkPeer.limit,
-    "observe": NetworkPeer.observe,
-    "announce": NetworkPeer.announce,
-    "post": NetworkPeer.post,
-    "read_notes": NetworkPeer.read_notes,
-    "run_round": NetworkPeer.run_round,
-    "fetch_round": NetworkPeer.fetch_round,
-    "fetch_state": NetworkPeer.fetch_state,
-}
 
 
 async def _serve(connection: socket.socket) -> None:

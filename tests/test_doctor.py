@@ -15,9 +15,9 @@ import psutil
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
 
+from dtrain.dht.distance import MAX_BYTES, Probe, measure
 from dtrain.dht.identity import load_or_create
 from dtrain.dht.invite import Invite
-from dtrain.dht.probe import MAX_BYTES, Probe, measure
 from dtrain.dht.reachability import by_peer, connect
 from dtrain.dht.transport import start_daemon
 from dtrain.trainer import doctor

@@ -73,6 +73,7 @@ def _serve(
     stack: ExitStack,
 ) -> int:
     from dtrain.dht import rendezvous
+    from dtrain.dht.bystander import keep_reachable
     from dtrain.dht.exchange import DhtExchange, PeerSettings
     from dtrain.dht.process import ExchangeError
     from dtrain.trainer.control import Control
@@ -92,7 +93,7 @@ def _serve(
     try:
         exchange.connect()
         signed = stored or find_manifest(exchange, run_id, invite)
-        exchange.publish(run_id=run_id, manifest=signed.to_json().encode())
+        keep_reachable(exchange, run_id=run_id, manifest=signed.to_json().encode())
     except ExchangeError as error:
         raise UsageError(str(error)) from None
     (folder / "manifest.json").write_text(signed.to_json())
@@ -113,7 +114,7 @@ def _serve(
     control.describe = describe
     server = ControlServer(run_id, NAME, control, voice, rendezvous.folder() / "control")
     stack.callback(server.close)
-    voice.say(f"Keeping {run_id} reachable ({REACH_LINES[exchange.reach]}) Ctrl-C ends it.")
+    voice.say(f"Keeping {run_id} reachable. {REACH_LINES[exchange.reach]} Ctrl-C ends it.")
     voice.say(f"Others join with:\n  dtrain join {text}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

@@ -78,6 +78,7 @@ def _checks(args: argparse.Namespace, invite: Invite | None) -> Iterator[Check]:
 
 def _network_checks(args: argparse.Namespace, invite: Invite) -> Iterator[Check]:
     """As a peer with an identity of its own, which is gone afterwards."""
+    from dtrain.dht.bystander import distance
     from dtrain.dht.exchange import DhtExchange, PeerSettings
     from dtrain.dht.process import ExchangeError
     from dtrain.trainer import doctor
@@ -89,10 +90,10 @@ def _network_checks(args: argparse.Namespace, invite: Invite) -> Iterator[Check]
         try:
             exchange.connect()
             yield doctor.reach(exchange.reach, args.port)
-            distance = exchange.probe()
-            yield doctor.clock(distance["skew_s"] if distance else None)
-            if distance:
-                yield doctor.bandwidth(distance["up_mbps"], distance["down_mbps"])
+            found = distance(exchange)
+            yield doctor.clock(found["skew_s"] if found else None)
+            if found:
+                yield doctor.bandwidth(found["up_mbps"], found["down_mbps"])
             hashes = []
             for blob in exchange.find_manifests(invite.run_id):
                 try:
