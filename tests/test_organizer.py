@@ -127,7 +127,7 @@ def test_from_nothing_to_a_contribution(tmp_path: Path, capsys: pytest.CaptureFi
         worker_log = tmp_path / "worker.log"
         flags = ("--yes", "--threads", "1", "--eval-every", "0", *here)
         processes.append(worker := start(tmp_path / "home", worker_log, "join", found[1], *flags))
-        eventually(lambda: "has contributed" in worker_log.read_text(), worker_log.read_text())
+        eventually(lambda: "has contributed" in worker_log.read_text(), f"no contribution: see {worker_log}")
         shown = worker_log.read_text()
         assert (
             "Run mine: a tiny language model" in shown

@@ -45,7 +45,7 @@ SHARED_FLAGS = {
 
 
 def check_address(args: argparse.Namespace) -> None:
-    """Refuse a --host, --port or --newcomer-mbps that cannot be."""
+    """Refuse a --host or --port that cannot exist."""
     try:
         ipaddress.IPv4Address(args.host)
     except ValueError:
@@ -54,6 +54,10 @@ def check_address(args: argparse.Namespace) -> None:
         ) from None
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port {args.port} does not exist: type 1 to 65535, or 0 for any free one")
+
+
+def check_rate(args: argparse.Namespace) -> None:
+    """Refuse a --newcomer-mbps that cannot be."""
     if not 0 <= args.newcomer_mbps < math.inf:
         raise UsageError(
             f"--newcomer-mbps {args.newcomer_mbps} will not do: type 0 for half of the line, or Mbit/s"

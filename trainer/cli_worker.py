@@ -16,6 +16,7 @@ from dtrain.trainer.cli_run import (
     REACH_LINES,
     begin_run,
     check_address,
+    check_rate,
     check_flags,
     choose_run_id,
     find_manifest,
@@ -70,6 +71,7 @@ def run_worker(args: argparse.Namespace, approve: Approve = lambda *_: True) -> 
     """Run a worker until the run or the user ends it; returns the exit code."""
     started = _command_start()
     check_address(args)
+    check_rate(args)
     limits = typed_limits(args)
     invite = parse_invite(args)
     run_id = choose_run_id(args, invite)
