@@ -60,18 +60,20 @@ class Limits(_message.Message):
     def __init__(self, up_mbps: _Optional[float] = ..., down_mbps: _Optional[float] = ..., compute_percent: _Optional[float] = ..., threads: _Optional[int] = ..., memory_gb: _Optional[float] = ..., hours: _Optional[str] = ..., daily_gb: _Optional[float] = ..., monthly_gb: _Optional[float] = ..., on_battery: _Optional[bool] = ..., when_idle: _Optional[bool] = ...) -> None: ...
 
 class Progress(_message.Message):
-    __slots__ = ("stage", "done", "total", "unit", "eta_s")
+    __slots__ = ("stage", "done", "total", "unit", "eta_s", "rate")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
     UNIT_FIELD_NUMBER: _ClassVar[int]
     ETA_S_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
     stage: str
     done: float
     total: float
     unit: str
     eta_s: float
-    def __init__(self, stage: _Optional[str] = ..., done: _Optional[float] = ..., total: _Optional[float] = ..., unit: _Optional[str] = ..., eta_s: _Optional[float] = ...) -> None: ...
+    rate: float
+    def __init__(self, stage: _Optional[str] = ..., done: _Optional[float] = ..., total: _Optional[float] = ..., unit: _Optional[str] = ..., eta_s: _Optional[float] = ..., rate: _Optional[float] = ...) -> None: ...
 
 class Status(_message.Message):
     __slots__ = ("run_id", "name", "peer_id", "pid", "folder", "device", "state", "held", "pausing", "finishing", "round", "rounds_contributed", "step", "inner_steps", "tokens", "tokens_per_s", "loss", "round_ends_in_s", "compute_share", "workers", "reach", "bytes_up", "bytes_down", "bytes_today", "bytes_this_month", "memory_gb", "started", "num_params", "invite", "limits", "progress", "last_share_percent")
