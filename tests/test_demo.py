@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -197,7 +199,7 @@ def test_the_script_leaves_room_for_everybody() -> None:
 )
 def test_bad_use_is_one_line(flags: list[str], word: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Exit code 2 and one line that names what was wrong, also when a worker is the one to notice."""
-    assert main(["demo", *flags]) == 2
+    assert main(["demo", "--no-dashboard", *flags]) == 2
     error = capfd.readouterr().err.strip()
     assert error.startswith("dtrain: ") and word in error and "\n" not in error
 
@@ -232,7 +234,9 @@ def files_of(temp: Path) -> list[Path]:
     return [path for path in temp.iterdir() if not path.name.startswith("torchinductor_")]
 
 
-def start_demo(temp: Path, *flags: str) -> subprocess.Popen[str]:
+def start_demo(temp: Path, *flags: str, dashboard: bool = False) -> subprocess.Popen[str]:
+    if not dashboard:
+        flags = (*flags, "--no-dashboard")
     return subprocess.Popen(
         [sys.executable, "-m", "dtrain.trainer.cli", "demo", *flags],
         env={**os.environ, "TMPDIR": str(temp)},
@@ -246,8 +250,12 @@ def start_demo(temp: Path, *flags: str) -> subprocess.Popen[str]:
 def test_the_demo(temp_folder: Path, tmp_path: Path) -> None:
     """Workers come, leave and die; the rest train on, hold one theta, and nothing of ours is left."""
     figures_file = tmp_path / "demo.json"
-    demo = start_demo(temp_folder, "--rounds", "8", "--json", str(figures_file))
-    output, _ = demo.communicate(timeout=450)
+    demo = start_demo(temp_folder, "--rounds", "8", "--json", str(figures_file), dashboard=True)
+    assert demo.stdout is not None
+    first = demo.stdout.readline()
+    address = first.removeprefix("Dashboard: ").partition("#")[0]
+    eventually(lambda: "worker-2" in snapshot_of(address), "the dashboard shows no run")
+    output = first + demo.communicate(timeout=450)[0]
     assert demo.returncode == 0, output
     assert all(len(line) <= 80 for line in output.splitlines())
     figures = json.loads(figures_file.read_text())
@@ -259,6 +267,15 @@ def test_the_demo(temp_folder: Path, tmp_path: Path) -> None:
     check_workers(figures)
     assert not processes_of(temp_folder)
     assert not files_of(temp_folder)
+
+
+def snapshot_of(address: str) -> str:
+    """What the demo's dashboard tells of the run."""
+    try:
+        with urllib.request.urlopen(f"{address}api/run", timeout=30) as answer:
+            return str(answer.read().decode())
+    except urllib.error.HTTPError:
+        return ""  # the run is not found yet
 
 
 def check_workers(figures: dict[str, Any]) -> None:
