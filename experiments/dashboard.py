@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.trainer.errors import UsageError
+from dtrain.trainer.wandb_log import add_flag
 
 if TYPE_CHECKING:
     from dtrain.dht.invite import Invite
     from dtrain.experiments.dashboard_guard import Access
     from dtrain.experiments.dashboard_observer import Watcher
+    from dtrain.experiments.dashboard_rows import Snapshot
     from dtrain.experiments.dashboard_stream import Hub
+    from dtrain.experiments.dashboard_wandb import SwarmLog
 
 DEFAULT_PORT = 8080
 NEEDS = "the dashboard needs a few packages more: pip install 'dtrain[dashboard]'"
@@ -50,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --public: show the invite too, which holds peers' IP addresses",
     )
     page.add_argument("--no-browser", action="store_true", help="only print the address")
+    add_flag(page, "the swarm's metrics")
     page.add_argument("--folder", type=Path, help="for the history (default: ./dtrain-runs/RUN/dashboard)")
 
 
@@ -62,13 +66,15 @@ def run(args: argparse.Namespace) -> int:
         from dtrain.experiments.dashboard_machine import Machine
         from dtrain.experiments.dashboard_results import Results
         from dtrain.experiments.dashboard_stream import Hub, make_server
+        from dtrain.experiments.dashboard_wandb import SwarmLog
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] == "dtrain":
             raise
         raise UsageError(NEEDS) from None
     hub, access = Hub(), Access(args.public)
     listener = listen(args.port, args.public)
-    watcher = _watcher(args, run_id, invite, hub) if run_id else None
+    swarm_log = SwarmLog(args.wandb)
+    watcher = _watcher(args, run_id, invite, hub, swarm_log) if run_id else None
     app = create_app(
         hub=hub,
         access=access,
@@ -89,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         listener.close()
         if watcher is not None:
             watcher.close()
+        swarm_log.close()
     return 0
 
 
@@ -112,12 +119,19 @@ def _check(args: argparse.Namespace) -> tuple[Invite | None, str]:
     return invite, choose_run_id(args, invite)
 
 
-def _watcher(args: argparse.Namespace, run_id: str, invite: Invite | None, hub: Hub) -> Watcher:
+def _watcher(
+    args: argparse.Namespace, run_id: str, invite: Invite | None, hub: Hub, swarm_log: SwarmLog
+) -> Watcher:
     from dtrain.experiments.dashboard_observer import Target, Watcher
 
     folder = args.folder or Path("dtrain-runs") / run_id / "dashboard"
     target = Target(run_id, folder, invite, tuple(args.peer), args.target_rounds)
-    return Watcher(target, lambda snapshot: hub.publish(snapshot.to_dict()))
+
+    def publish(snapshot: Snapshot) -> None:
+        hub.publish(snapshot.to_dict())
+        swarm_log.take(snapshot)
+
+    return Watcher(target, publish)
 
 
 def listen(port: int | None, public: bool) -> socket.socket:
@@ -128,6 +142,7 @@ def listen(port: int | None, public: bool) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, choice))
+            listener.listen(2048)  # from now on who comes is answered, if a little later
             return listener
         except OSError as error:
             listener.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import struct
 import time
 from collections.abc import AsyncIterator
 from types import FrameType
@@ -101,11 +102,18 @@ class PatientProtocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._cut = self.loop.call_later(STALLED_S, self.transport.abort)
+        self._cut = self.loop.call_later(STALLED_S, self._reset)
 
     def resume_writing(self) -> None:
         self._keep()
         super().resume_writing()
+
+    def _reset(self) -> None:
+        """End the connection with a reset: a mere close would leave the kernel waiting to deliver what is unsent."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
     def _keep(self) -> None:
         if self._cut is not None:

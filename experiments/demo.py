@@ -23,6 +23,7 @@ from dtrain.experiments.demo_summary import print_result, summarize
 from dtrain.experiments.demo_table import Stage
 from dtrain.experiments.signals import signals_interrupt
 from dtrain.trainer.errors import RunError, UsageError
+from dtrain.trainer.wandb_log import add_flag, resolve_mode
 
 MIN_ROUNDS = 6
 EVAL_EVERY = (5, 4, 3, 2, 1)  # rounds between evaluations: the largest that also hits the last round
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--preset", default="tiny", help="model size: tiny (default), small, gpt2 or medium")
     parser.add_argument("--no-dashboard", action="store_true", help="do not show the run on a page")
+    add_flag(parser, "the swarm's metrics")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary's figures here")
 
 
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         scene.enter_context(signals_interrupt())
         base = scene.enter_context(_scratch_folder())
         if not args.no_dashboard:
-            scene.enter_context(dashboard(run_id, args.rounds, base, console))
+            scene.enter_context(dashboard(run_id, args.rounds, base, console, args.wandb))
         cast, stage = _set_up(args, run_id, base, console)
         began = time.monotonic()
         try:
@@ -92,6 +94,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--rounds must be at least {MIN_ROUNDS}, for workers to join and leave in, not {args.rounds}"
         )
+    if args.no_dashboard and args.wandb != "disabled":
+        raise UsageError("--wandb logs what the dashboard sees: leave out --no-dashboard")
+    args.wandb = resolve_mode(args.wandb)
     if args.json is not None and not (args.json.parent.is_dir() and os.access(args.json.parent, os.W_OK)):
         raise UsageError(f"cannot write {args.json}: type --json with a file in a folder you own")
 

@@ -19,15 +19,14 @@ ADDRESS = "Dashboard: "
 
 
 @contextmanager
-def dashboard(run_id: str, rounds: int, base: Path, console: Console) -> Iterator[None]:
+def dashboard(run_id: str, rounds: int, base: Path, console: Console, wandb: str) -> Iterator[None]:
     """Show the run on a page while the block lasts; the demo goes on without one if it cannot be had."""
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
         console.print("No dashboard: it needs pip install 'dtrain[dashboard]'.", highlight=False)
         yield
         return
-    process = DemoProcess(
-        run_id, "dashboard", base, ["--no-browser", "--target-rounds", str(rounds)], command="dashboard"
-    )
+    flags = ["--no-browser", "--target-rounds", str(rounds), "--wandb", wandb]
+    process = DemoProcess(run_id, "dashboard", base, flags, command="dashboard")
     try:
         _tell_address(process, console)
         yield

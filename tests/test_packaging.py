@@ -40,6 +40,7 @@ EXTRAS = {
     "adamw8bit": "trainer/optimizers.py",
     "dashboard": "experiments/dashboard",
     "simulate": "experiments/",
+    "wandb": "trainer/wandb_log",
 }
 """Extra -> where its libraries may be imported, by commands that tell who lacks them what to install."""
 OF_NVIDIA = ("nvidia-", "cuda-", "triton")  # torch pins them itself, where it needs them

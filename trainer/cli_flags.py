@@ -8,6 +8,7 @@ from typing import Any
 
 from dtrain.trainer.errors import UsageError
 from dtrain.trainer.limits import FLAGS, Limits
+from dtrain.trainer.wandb_log import add_flag
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         help="Mbit/s at most for giving newcomers the weights; 0 = half of what the line can do",
     )
     machine.add_argument("--audit", action="store_true", help="check every round that no delta is lost")
+    add_flag(machine, "what this worker does")
     machine.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations; 0 = never")
     machine.add_argument("--checkpoint-every", type=int, default=5, help="rounds a checkpoint; 0 = never")
     machine.add_argument("--keep-checkpoints", type=int, default=3, help="checkpoints that stay on disk")

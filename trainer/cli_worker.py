@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain.trainer.cli_flags import add_limit_flags, add_machine_flags, add_run_flags, typed_limits
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from dtrain.dht.exchange import DhtExchange
     from dtrain.trainer.control import Control
     from dtrain.trainer.limits import Limits
-    from dtrain.trainer.metrics import MetricsLog
+    from dtrain.trainer.metrics import Metrics
     from dtrain.trainer.signing import SignedManifest
     from dtrain.trainer.worker import Worker
 
@@ -177,8 +176,12 @@ class Session:
         return signed
 
     def _join(self, exchange: DhtExchange, signed: SignedManifest) -> Worker | None:
+        from dtrain.trainer.wandb_log import open_metrics
+
         warming = warm_up_codec(signed, self.voice)
-        metrics = self._stack.enter_context(_metrics(self.folder))
+        metrics = self._stack.enter_context(
+            open_metrics(self.folder, self.args.wandb, self.name, signed.manifest.to_dict())
+        )
         worker = self._build(signed, exchange, metrics)
         (self.folder / "manifest.json").write_text(signed.to_json())
         _open_run(exchange, signed, worker)
@@ -206,7 +209,7 @@ class Session:
         self.voice.say(f"Others join with:\n  dtrain join {self._invite_text}")
         return worker
 
-    def _build(self, signed: SignedManifest, exchange: DhtExchange, metrics: MetricsLog) -> Worker:
+    def _build(self, signed: SignedManifest, exchange: DhtExchange, metrics: Metrics) -> Worker:
         from dtrain.trainer.settings import MachineSettings
         from dtrain.trainer.worker import Worker
 
@@ -240,7 +243,7 @@ class Session:
         self.control.describe = describe
         return worker
 
-    def _changed(self, exchange: DhtExchange, metrics: MetricsLog, state: str, reason: str) -> None:
+    def _changed(self, exchange: DhtExchange, metrics: Metrics, state: str, reason: str) -> None:
         """The network process is being renewed ("lost"), or was ("back")."""
         metrics.write(
             "network", state=state, reason=reason, reach=exchange.reach, addresses=exchange.addresses
@@ -268,14 +271,6 @@ def _open_run(exchange: DhtExchange, signed: SignedManifest, worker: Worker) -> 
         heartbeat_s=terms.heartbeat_s,
         heartbeat_ttl_s=terms.heartbeat_ttl_s,
     )
-
-
-@contextmanager
-def _metrics(folder: Path) -> Iterator[MetricsLog]:
-    from dtrain.trainer.metrics import MetricsLog
-
-    with MetricsLog(folder / "metrics.jsonl") as metrics:
-        yield metrics
 
 
 @contextmanager
