@@ -208,10 +208,10 @@ class Stage:
 
 @contextmanager
 def served(
-    stage: Stage, access: Access, results: Path | None = None, machine: Any = None
+    stage: Stage, access: Access, results: Path | None = None, machine: Any = None, port: int = 0
 ) -> Iterator[tuple[str, StreamServer]]:
     """The address of a real server on loopback, in a thread; ended at the end."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", port))
 
     class Watched:
         history, about, invite = stage.history, stage.about, stage.invite

@@ -17,6 +17,7 @@ from dashboard_tools import Stage, served
 from test_dashboard_app import FakeMachine, result_folder
 
 from dtrain.experiments.dashboard_guard import Access
+from dtrain.experiments.dashboard_stream import Hub
 
 webdriver = pytest.importorskip("selenium.webdriver")
 
@@ -208,6 +209,13 @@ def test_a_lost_connection_is_said_and_mended(page: Page) -> None:
     page.server.should_exit = True
     page.until(lambda: "No connection" in page.text("#banner"), "the banner")
     assert "old" in page.text("#banner")
+    page.stage.hub = Hub()
+    page.stage.play_round()
+    port = int(page.address.rpartition(":")[2])
+    with served(page.stage, Access(token="secret"), port=port):
+        page.until(lambda: not page.text("#banner"), "the banner goes")
+        page.until(lambda: "13 of 20" in page.text("#health-line"), "news come")
+    page.complaints()
 
 
 def test_the_runs_own_trouble_is_a_banner(page: Page) -> None:

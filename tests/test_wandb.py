@@ -37,7 +37,7 @@ class FakeWandb(SimpleNamespace):
         self.started.append(fields)
         return SimpleNamespace(log=self.rows.append, finish=self.finish)
 
-    def finish(self, quiet: bool) -> None:
+    def finish(self) -> None:
         self.finished += 1
 
 

@@ -109,7 +109,7 @@ class WandbRun:
             self._run.log(row)
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
     def __enter__(self) -> WandbRun:
         return self

@@ -160,9 +160,16 @@ function looks() {
     if (!known.includes(group)) known.push(group);
     const index = known.indexOf(group);
     const dash = DASHES[Math.floor(index / COLOURS.length) % DASHES.length];
-    found.set(keyOf(run), { colour: COLOURS[index % COLOURS.length], dash, name: state.group ? `${state.group} ${group}` : run.label ?? run.id });
+    found.set(keyOf(run), { colour: COLOURS[index % COLOURS.length], dash, name: legendOf(run, group) });
   }
   return found;
+}
+
+// Runs that share a label differ in their seed.
+function legendOf(run, group) {
+  const name = state.group ? `${state.group} ${group}` : run.label ?? run.id;
+  const isAlone = picked().filter((other) => (state.group ? groupOf(other, state.group) === group : other.label === run.label)).length === 1;
+  return isAlone || run.seed === undefined ? name : `${name}, seed ${run.seed}`;
 }
 
 // ---------------------------------------------------------------- the chart
