@@ -63,6 +63,7 @@ class NetworkPeer:
         self._next_question = 0
         self._tasks: list[asyncio.Task[Any]] = []
         self._moved = ""
+        self._goodbye = "stopped"  # what we say on the way out, unless our worker says first that it leaves
         self._opened = asyncio.Event()  # the run is
 
     async def serve(self) -> None:
@@ -75,6 +76,7 @@ class NetworkPeer:
                     if not answered.done():  # an answer may come too late
                         answered.set_result(message["value"])
                 elif message["do"] == "close":
+                    self._goodbye = "leaving"
                     break
                 else:
                     in_background(self._carry_out(message))
@@ -285,7 +287,7 @@ class NetworkPeer:
             task.cancel()
         try:
             if self._opened.is_set() and self._heartbeats.announced and not self._moved:
-                goodbye = self._heartbeats.announce({**self._heartbeats.status, "state": "leaving"})
+                goodbye = self._heartbeats.announce({**self._heartbeats.status, "state": self._goodbye})
                 await asyncio.wait_for(goodbye, LEAVE_S)
         except Exception:  # leaving anyway
             pass

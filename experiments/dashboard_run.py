@@ -29,7 +29,8 @@ SPEED_PERIOD_S = 5
 DIGEST_SHOWN = 12  # characters
 KEPT_COMPLETIONS = 12
 SETTLE_S = 6.0  # how long a round's training loss waits for the last worker's bulletin
-LEFT = ("leaving", "stopped", "finished")
+LEFT = ("leaving", "gone", "finished")
+ENDED = "stopped"  # said by the network process of a worker that ended without a word
 
 
 class View(Protocol):
@@ -98,7 +99,10 @@ class RunState:
         if row.state in LEFT:
             if before is not None and not before.goodbye:
                 before.goodbye = True
-                self._event(db, "left", row, f"{row.name} left the run", now)
+                if row.state == "gone":
+                    self._event(db, "gone", row, f"{row.name} dropped out: its process ended", now)
+                else:
+                    self._event(db, "left", row, f"{row.name} left the run", now)
             if before is None or before.gone:
                 return  # an old heartbeat of one that was gone before we came
         elif before is None or before.gone:
@@ -124,7 +128,7 @@ class RunState:
         fields: dict[str, Any] = {
             "name": name,
             "device": clean_line(said.get("device"), MAX_NAME),
-            "state": clean_line(said.get("state"), 20),
+            "state": "gone" if said.get("state") == ENDED else clean_line(said.get("state"), 20),
             "reach": clean_line(said.get("reach"), 20),
             "round": round,
             "lag": max(0, self.round - round),
@@ -171,8 +175,9 @@ class RunState:
                 continue
             if not peer.gone:
                 peer.gone = True
+                has_left = peer.goodbye and peer.row.state != "gone"
                 peer.row = replace(
-                    peer.row, state="left" if peer.goodbye else "gone", tokens_per_s=0.0, share=0.0
+                    peer.row, state="left" if has_left else "gone", tokens_per_s=0.0, share=0.0
                 )
                 db.execute("UPDATE workers SET live = 0 WHERE peer_id = ?", (peer_id,))
                 if not peer.goodbye:

@@ -80,6 +80,20 @@ def test_workers_come_and_go(stage: Stage) -> None:
     assert [worker["name"] for worker in stage.tick()["workers"]] == ["ada"]
 
 
+def test_a_worker_that_was_killed_dropped_out(stage: Stage) -> None:
+    """Its network process still says that it stopped: that is no goodbye, and is told once."""
+    stage.enter("ada", "bert")
+    stage.play_round()
+    stage.actors["bert"].state = "stopped"
+    shown = stage.tick()
+    assert [worker["state"] for worker in shown["workers"]] == ["training", "gone"]
+    stage.actors.pop("bert")
+    shown = stage.tick(5.0)
+    assert kinds(shown) == ["joined", "joined", "gone"]
+    assert shown["events"][0]["text"] == "bert dropped out: its process ended"
+    assert shown["health"]["level"] == "warning"
+
+
 def test_trouble_is_told(stage: Stage) -> None:
     """Differing weights, a late round, and an empty run are in the first line."""
     assert stage.tick()["health"]["level"] == "empty"
