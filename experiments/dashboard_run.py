@@ -54,6 +54,7 @@ class Peer:
     seen: float  # Unix seconds of its last heartbeat
     gone: bool = False
     goodbye: bool = False
+    tokens_per_s: float = 0.0  # over its last round, waits included; 0 until its bulletin tells of one
 
 
 @dataclass
@@ -110,7 +111,8 @@ class RunState:
         elif (row.state == "paused") != (before.row.state == "paused"):
             kind = "paused" if row.state == "paused" else "resumed"
             self._event(db, kind, row, f"{row.name} {'is paused' if kind == 'paused' else 'goes on'}", now)
-        peer = Peer(row, now - view.age_s, goodbye=row.state in LEFT)
+        speed = before.tokens_per_s if before is not None else 0.0
+        peer = Peer(row, now - view.age_s, goodbye=row.state in LEFT, tokens_per_s=speed)
         self.peers[view.peer_id] = peer
         self._advance(row, int(number(view.status.get("work"))), now)
         db.execute(
@@ -140,6 +142,8 @@ class RunState:
             "age_s": max(0.0, view.age_s),
             "mine": mine,
         }
+        if before is not None and before.tokens_per_s:
+            fields["tokens_per_s"] = before.tokens_per_s  # what it says itself begins anew with each round
         if fields["state"] in ("paused", *LEFT):
             fields["tokens_per_s"] = 0.0
         if before is not None:
@@ -218,6 +222,8 @@ class RunState:
             self._open_rounds.setdefault(line.round, (now, {}))[1][peer_id] = line
         if peer_id in self.peers:
             peer, total = self.peers[peer_id], account.contributions
+            if bulletin.rounds:
+                peer.tokens_per_s = _speed_of(bulletin.rounds[-1])
             peer.row = replace(peer.row, up_bytes=bulletin.up, down_bytes=bulletin.down, contributions=total)
         for event in bulletin.events:
             kind = event.kind if event.kind in ("problem", "resync") else "problem"
@@ -312,3 +318,9 @@ class RunState:
         if not self.about.target_rounds or not self.round_s() or not self.is_alive:
             return None
         return max(0, self.about.target_rounds - self.round) * self.round_s()
+
+
+def _speed_of(line: RoundLine) -> float:
+    """Tokens per second of a worker over one of its rounds, waits included."""
+    passed_s = line.compute_s + line.wait_s + line.exchange_s + line.apply_s
+    return line.tokens / passed_s if passed_s > 0 else 0.0
