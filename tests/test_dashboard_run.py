@@ -80,6 +80,21 @@ def test_workers_come_and_go(stage: Stage) -> None:
     assert [worker["name"] for worker in stage.tick()["workers"]] == ["ada"]
 
 
+def test_a_workers_speed_is_that_of_its_last_round(stage: Stage) -> None:
+    """Heartbeats begin to count anew with each round; what is shown does not, and a paused worker has none."""
+    stage.enter("ada", "bert")
+    stage.play_round()
+    for actor in stage.actors.values():
+        actor.changes["tokens_per_s"] = 0.0
+    line = stage.actors["ada"].bulletin.rounds[-1]
+    passed_s = line.compute_s + line.wait_s + line.exchange_s + line.apply_s
+    ada, bert = stage.tick()["workers"]
+    assert ada["tokens_per_s"] == pytest.approx(ROUND_TOKENS / passed_s, rel=1e-3)
+    assert 0 < bert["share"] < ada["share"] < 1
+    stage.actors["bert"].state = "paused"
+    assert [worker["share"] for worker in stage.tick()["workers"]] == [1.0, 0.0]
+
+
 def test_a_worker_that_was_killed_dropped_out(stage: Stage) -> None:
     """Its network process still says that it stopped: that is no goodbye, and is told once."""
     stage.enter("ada", "bert")
