@@ -32,7 +32,6 @@ from dtrain.dht.transport import TransportError, nobody_answers, start_daemon
 
 KEEP_PERIOD_S = 0.5
 TRY_AGAIN_S = 5.0
-ANSWER_S = 3.0
 MAX_KNOWN_PEERS = 64
 RELAY_PATIENCE = 6  # looks; a reservation is briefly away while it is renewed
 
@@ -103,22 +102,9 @@ class Connection:
             is_there = self.reach != RELAYED or self.addresses[0] in await relayed_addresses(self.p2p)
             gone = 0 if is_there else gone + 1
 
-    async def is_cut_off(self) -> bool:
-        """Whether we would not see the others if they were there."""
-        if self.reach == DIRECT:  # whoever is there would come to us
-            return self.watch.is_offline()
-        return not await self.answers()
-
-    async def answers(self) -> bool:
-        """Whether anybody of the DHT that we know is there."""
-        pings = [self.node.protocol.call_ping(PeerID.from_base58(peer)) for peer in self.known]
-        for ping in asyncio.as_completed(pings, timeout=ANSWER_S):
-            try:
-                if await ping is not None:
-                    return True
-            except asyncio.TimeoutError:
-                break
-        return False
+    def may_be_cut_off(self) -> bool:
+        """Whether others may be there though we see nobody: who can be dialled would hear from them."""
+        return self.reach != DIRECT or self.watch.is_offline()
 
     async def _find_back(self) -> None:
         """We have lost all of the DHT: hivemind's node forgets a peer that once was slow to answer, and nobody finds

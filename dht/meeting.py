@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from dtrain.compression.errors import PayloadError
@@ -39,11 +39,11 @@ class Rounds:
         heartbeats: Heartbeats,
         *,
         is_client: bool,
-        is_cut_off: Callable[[], Awaitable[bool]],
+        may_be_cut_off: Callable[[], bool],
     ):
-        """`is_cut_off()` tells whether nobody is seen because we cannot see, asked before we go on alone."""
+        """`may_be_cut_off()` tells whether others may be there though nobody is seen: then we do not go on alone."""
         self._averager, self._heartbeats = averager, heartbeats
-        self._is_client, self._is_cut_off = is_client, is_cut_off
+        self._is_client, self._may_be_cut_off = is_client, may_be_cut_off
 
     async def run(self, contribution: Contribution) -> Reply:
         """Take part in a round. Bounded by the manifest's times."""
@@ -56,7 +56,7 @@ class Rounds:
         while True:
             if self._heartbeats.ahead():
                 return {"verdict": "stale"}
-            problem = await self._why_wait()
+            problem = self._why_wait()
             if problem:
                 waited = time.monotonic() - started
                 if waited > self._averager.terms.matchmaking_s:
@@ -81,11 +81,11 @@ class Rounds:
                 )
                 return {"verdict": "no-group", "problem": problem}
 
-    async def _why_wait(self) -> str:
+    def _why_wait(self) -> str:
         """Why there is nobody to meet, nor a reason to go on alone: that would be a run of our own. Else ""."""
         if self._heartbeats.active():
             return NO_LEADER if self._lacks_a_leader() else ""
-        return NOBODY if self._is_client or await self._is_cut_off() else ""
+        return NOBODY if self._may_be_cut_off() else ""
 
     def _expected(self) -> int:
         """How many peers may come to our round, ourselves included; 0 once there is nothing to meet for."""

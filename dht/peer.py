@@ -191,7 +191,7 @@ class NetworkPeer:
             self._averager,
             self._heartbeats,
             is_client=self._connection.reach == CLIENT,
-            is_cut_off=self._connection.is_cut_off,
+            may_be_cut_off=self._connection.may_be_cut_off,
         )
         await self._enter(args, terms.manifest_hash)
 

@@ -62,10 +62,9 @@ class Averager:
 
 
 def meeting(others: Others, is_client: bool, is_cut_off: bool = False) -> Rounds:
-    async def ask() -> bool:
-        return is_cut_off
-
-    return Rounds(Averager(), others, is_client=is_client, is_cut_off=ask)  # type: ignore[arg-type]
+    averager: Any = Averager()
+    cut_off = is_client or is_cut_off
+    return Rounds(averager, others, is_client=is_client, may_be_cut_off=lambda: cut_off)  # type: ignore[arg-type]
 
 
 def verdict(others: Others, *, is_client: bool, is_cut_off: bool = False) -> dict[str, Any]:
