@@ -231,8 +231,9 @@ class DhtExchange:
     def swarm(self) -> Sequence[PeerView]:
         heard, views = self._swarm
         passed = time.monotonic() - heard
-        aged = [replace(view, age_s=view.age_s + passed) for view in views]
-        return [view for view in aged if view.age_s < self._heartbeat_ttl_s]
+        if passed > self._heartbeat_ttl_s:
+            return []
+        return [replace(view, age_s=view.age_s + passed) for view in views]
 
     def run_round(self, *, round: int, base_digest: bytes, payload: bytes, weight: float) -> Outcome:
         contribution = {

@@ -1,10 +1,14 @@
-"""Who is there: each worker's signed heartbeat in the DHT, and this peer's view of all the others'."""
+"""Who is there: each worker's heartbeat, and this peer's view of all the others'.
+
+A signed record in the DHT tells that a worker exists and where; it is stored now and then and read by whoever looks for
+others. What a worker is doing it tells those who know it directly (`dht/greetings.py`). A peer that can be dialled is
+there if it says so itself: what the DHT holds of it may be a minute old.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +16,30 @@ import base58
 from hivemind.dht.node import DHTNode
 from hivemind.utils import get_dht_time
 
+from dtrain.dht.greetings import NOBODY, Greeting, Greetings, Leads, News
 from dtrain.dht.reachability import CLIENT
-from dtrain.dht.records import pack_status, unpack_status
-
-HURRY = 2  # how many times more often the swarm is looked at while a group is sought
+from dtrain.dht.records import MAX_LIFETIME_S, pack_status, unpack_status
 
 # States in which a worker takes part in no round; see `dtrain.trainer.exchange.ABSENT`.
 ABSENT = ("joining", "paused", "finished", "leaving", "stopped")
 
+MAX_PEERS = 4096
+# In heartbeat lifetimes: how long the DHT holds a record, and how often it is stored anew.
+RECORD_LIFETIME, RECORD_PERIOD = 6.0, 2.0
+SAME_S = 0.001  # a record's time is rounded when its expiry is computed
+
 
 @dataclass(frozen=True)
 class PeerRecord:
-    """Another worker's last heartbeat."""
+    """What another worker last said of itself. Times are DHT times; `heard` and `expires` are by our clock."""
 
     peer_id: str
     status: Mapping[str, Any]
-    expires: float  # DHT time
+    said: float
+    heard: float
+    expires: float
+    is_direct: bool = False  # it told us itself
+    leads: Leads = NOBODY
 
     @property
     def is_active(self) -> bool:
@@ -47,68 +59,134 @@ class PeerRecord:
 
 
 class Heartbeats:
-    """Writes this worker's heartbeat and keeps the view of the others fresh."""
+    """Tells this worker's heartbeat and keeps the view of the others fresh."""
 
     def __init__(self, node: DHTNode, prefix: str, *, ttl_s: float, poll_s: float):
         self._node, self._key = node, f"{prefix}.workers"
         self.ttl_s, self._poll_s = ttl_s, poll_s
+        self._record_s = min(MAX_LIFETIME_S, RECORD_LIFETIME * ttl_s)
         self._own_id = node.peer_id.to_bytes()
-        self._wake, self._in_a_hurry = asyncio.Event(), False
-        self._others: dict[str, PeerRecord] = {}
-        self.announced = False  # an observer never is
+        self._greetings = Greetings(node.protocol.p2p, prefix, hear=self._hear, have=self._have)
+        self._known: dict[str, PeerRecord] = {}
+        self._changed = asyncio.Event()
+        self._stored: tuple[float, bool] = (
+            0.0,
+            False,
+        )  # when a record was stored, and whether as an absent one
         self.status: dict[str, Any] = {"round": 0, "digest": "", "state": "joining", "work": 0.0}
 
+    async def open(self) -> None:
+        """Begin to hear others."""
+        await self._greetings.open()
+
+    @property
+    def announced(self) -> bool:
+        """Whether the others know of us; of an observer they never do."""
+        return self._greetings.own is not None
+
+    # ------------------------------------------------------------------ telling
+
     async def announce(self, status: Mapping[str, Any]) -> None:
-        """Store this worker's heartbeat; it stays fresh for the run's `heartbeat_ttl_s`."""
-        self.status, self.announced = dict(status), True
+        """Say where this worker stands; for the others it stays so for the run's `heartbeat_ttl_s`."""
+        self.status = dict(status)
+        leads = self._greetings.own.leads if self._greetings.own is not None else NOBODY
+        self._greetings.own = News(get_dht_time(), self.status, leads)
+        await asyncio.gather(self._store(), self._greetings.greet(list(self._known)))
+
+    async def lead(self, group: str, until: float) -> None:
+        """Say that we would lead that group until that DHT time; no group = none any more."""
+        own = self._greetings.own
+        status = own.status if own is not None else self.status
+        self._greetings.own = News(get_dht_time(), status, (group, until) if group else NOBODY)
+        await self._greetings.greet([record.peer_id for record in self.others()])
+
+    async def _store(self) -> None:
+        """Renew our record in the DHT when it is time, and when we begin or cease to take part in rounds."""
+        assert self._greetings.own is not None
+        now, (stored, as_absent) = self._greetings.own.said, self._stored
+        is_absent = self.status["state"] in ABSENT
+        if now - stored < RECORD_PERIOD * self.ttl_s and as_absent == is_absent:
+            return
+        self._stored = now, is_absent
         await self._node.store(
             self._key,
-            pack_status(status),
-            expiration_time=get_dht_time() + self.ttl_s,
+            pack_status(self.status),
+            expiration_time=now + self._record_s,
             subkey=self._own_id,
             # A copy here that nobody else writes to would be the nearest of all, and hide the others from us.
             exclude_self=self._node.protocol.client_mode,
         )
 
+    # ------------------------------------------------------------------ hearing
+
     async def poll(self) -> None:
-        """Read everybody's heartbeat, over and over. Runs until cancelled."""
+        """Look into the DHT for workers that are new here, over and over. Runs until cancelled."""
         while True:
-            await self.refresh(latest=False)
-            self._wake.clear()
-            try:
-                await asyncio.wait_for(self._wake.wait(), self._poll_s / (HURRY if self._in_a_hurry else 1))
-            except asyncio.TimeoutError:
-                pass
+            news = await self._look(latest=False)
+            # Whom nobody knows nobody greets.
+            await self._greetings.greet(news if self.announced else list(self._known))
+            await asyncio.sleep(self._poll_s)
 
-    @contextmanager
-    def hurrying(self) -> Iterator[None]:
-        """Poll more often while a group is sought: whoever comes or goes then is waited for, or not."""
-        self._in_a_hurry = True
-        self._wake.set()
-        try:
-            yield
-        finally:
-            self._in_a_hurry = False
+    async def refresh(self) -> None:
+        """Look as closely as possible: ask every near node of the DHT, then everybody who was there lately."""
+        await self._look(latest=True)
+        await self._greetings.greet(list(self._known))
 
-    async def refresh(self, *, latest: bool = True) -> None:
-        """Look once. With `latest` every near node is asked, and answers with everybody's heartbeat: N times the
-        bytes of taking the first answer, which is often our own copy."""
+    async def _look(self, *, latest: bool) -> list[str]:
+        """Read the DHT; the peers of which that is news. With `latest` every near node is asked, and answers with
+        everybody's record: N times the bytes of taking the first answer, which is often our own copy."""
         found = await self._node.get(self._key, latest=latest)
         records = found.value if found is not None and isinstance(found.value, dict) else {}
+        news = []
         for owner, record in records.items():
             status = unpack_status(getattr(record, "value", None))
             if status is None or not isinstance(owner, bytes) or owner == self._own_id:
                 continue
-            peer_id = base58.b58encode(owner).decode()
-            known = self._others.get(peer_id)
-            if known is None or record.expiration_time >= known.expires:
-                self._others[peer_id] = PeerRecord(peer_id, status, record.expiration_time)
+            peer_id, said = base58.b58encode(owner).decode(), record.expiration_time - self._record_s
+            known = self._known.get(peer_id)
+            if known is not None and said <= known.said + SAME_S:
+                continue
+            lasts_s = self._record_s if status.get("reach") == CLIENT else self.ttl_s
+            self._keep(PeerRecord(peer_id, status, said, said, said + lasts_s))
+            news.append(peer_id)
+        return news
+
+    def _hear(self, peer_id: str, greeting: Greeting) -> None:
+        known, now = self._known.get(peer_id), get_dht_time()
+        status = greeting.status if greeting.status is not None else known.status if known else None
+        if status is not None and greeting.said > self._have(peer_id):
+            self._keep(
+                PeerRecord(peer_id, status, greeting.said, now, now + self.ttl_s, True, greeting.leads)
+            )
+
+    def _keep(self, record: PeerRecord) -> None:
+        if record.peer_id in self._known or len(self._known) < MAX_PEERS:
+            self._known[record.peer_id] = record
+            self._changed.set()
+
+    def _have(self, peer_id: str) -> float:
+        known = self._known.get(peer_id)
+        return known.said if known is not None and known.is_direct else 0.0
+
+    async def changed(self, patience_s: float) -> None:
+        """Wait for news of anybody since the last call, at most so long. Who cannot be dialled has to ask for it."""
+        if self._node.protocol.client_mode:
+            await self._greetings.greet([record.peer_id for record in self.others() if record.can_be_dialled])
+        try:
+            await asyncio.wait_for(self._changed.wait(), patience_s)
+        except asyncio.TimeoutError:
+            pass
+        self._changed.clear()
+
+    # ------------------------------------------------------------------ the view
 
     def others(self) -> list[PeerRecord]:
         """Every other worker whose heartbeat has not run out."""
         now = get_dht_time()
-        self._others = {k: v for k, v in self._others.items() if v.expires > now}
-        return sorted(self._others.values(), key=lambda record: record.peer_id)
+        # Those that are gone are remembered for as long as the DHT may hold something of them.
+        self._known = {k: v for k, v in self._known.items() if max(v.said, v.heard) + self._record_s > now}
+        fresh = (record for record in self._known.values() if record.expires > now)
+        return sorted(fresh, key=lambda record: record.peer_id)
 
     def active(self) -> list[PeerRecord]:
         return [record for record in self.others() if record.is_active]

@@ -1,29 +1,32 @@
 """hivemind's matchmaking, made to meet once per round.
 
-Three things differ from stock: the group key names the round, so that peers at different rounds never meet; the group
-is complete when every peer that the heartbeats expect has joined, and may start early or with a majority only; and the
-leader lingers after its last word, because a leader that hangs up first can lose that word on the way
-(`dht/streams.py` tells why), which followers see as "could not find a group".
+Four things differ from stock: who would lead is known from what peers tell each other, not from the DHT; the group key
+names the round, so that peers at different rounds never meet; the group is complete when every peer that the heartbeats
+expect has joined, and may start early or with a majority only; and the leader lingers after its last word, because a
+leader that hangs up first can lose that word on the way (`dht/streams.py` tells why), which followers see as "could not
+find a group".
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import math
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from hivemind.averaging.group_info import GroupInfo
 from hivemind.averaging.matchmaking import Matchmaking
-from hivemind.dht.node import DHTNode
-from hivemind.p2p import P2PContext
+from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import averaging_pb2
 from hivemind.utils import get_dht_time
+from hivemind.utils.timed_storage import ValueWithExpiration
 
-from dtrain.dht.streams import ACKNOWLEDGE_S
+from dtrain.dht.heartbeats import Heartbeats
+from dtrain.dht.streams import ACKNOWLEDGE_S, in_background
 
 POLL_S = 0.1
-LOOK_PERIOD_S = 0.2
+LOOK_PERIOD_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -116,24 +119,29 @@ class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind ships no 
             await asyncio.sleep(ACKNOWLEDGE_S)
 
 
-class LocalDht:
-    """What hivemind's matchmaking needs of a DHT object, answered by the node in this very process."""
+class LeaderBoard:
+    """What hivemind's matchmaking needs of a DHT object: who would lead which group, as peers tell each other."""
 
     client_mode = False
 
-    def __init__(self, node: DHTNode):
-        self._node = node
-        self.peer_id = node.peer_id
-        self._next_look = 0.0
+    def __init__(self, peer_id: PeerID, heartbeats: Heartbeats):
+        self.peer_id, self._heartbeats = peer_id, heartbeats
 
-    def store(self, *args: Any, return_future: bool = False, **kwargs: Any) -> Awaitable[bool]:
-        stored: Awaitable[bool] = self._node.store(*args, **kwargs)
-        return stored
+    async def store(
+        self, key: str, subkey: bytes, value: bool, expiration_time: float, return_future: bool = False
+    ) -> bool:
+        """Say that we would lead that group, or that we would not any more."""
+        in_background(self._heartbeats.lead(key if value else "", expiration_time))
+        return True
 
-    async def get(self, *args: Any, return_future: bool = False, **kwargs: Any) -> Any:
-        """Looks at most every `LOOK_PERIOD_S`: while it waits hivemind looks for leaders without a pause, and every
-        look asks every near node."""
-        now = asyncio.get_running_loop().time()
-        self._next_look = max(now, self._next_look + LOOK_PERIOD_S)
-        await asyncio.sleep(self._next_look - now)
-        return await self._node.get(*args, **kwargs)
+    async def get(
+        self, key: str, latest: bool = True, return_future: bool = False
+    ) -> ValueWithExpiration[dict[bytes, ValueWithExpiration[bool]]]:
+        """Who would lead that group; answers when there is news, or after `LOOK_PERIOD_S` without."""
+        await self._heartbeats.changed(LOOK_PERIOD_S)
+        leaders = {
+            PeerID.from_base58(record.peer_id).to_bytes(): ValueWithExpiration(True, record.leads[1])
+            for record in self._heartbeats.others()
+            if record.leads[0] == key and record.can_be_dialled
+        }
+        return ValueWithExpiration(leaders, math.inf)

@@ -48,11 +48,6 @@ class Rounds:
     async def run(self, contribution: Contribution) -> Reply:
         """Take part in a round. Bounded by the manifest's times."""
         started = time.monotonic()
-        with self._heartbeats.hurrying():
-            await self._heartbeats.refresh()
-            return await self._meet(contribution, started)
-
-    async def _meet(self, contribution: Contribution, started: float) -> Reply:
         while True:
             if self._heartbeats.ahead():
                 return {"verdict": "stale"}
@@ -64,6 +59,9 @@ class Rounds:
                 await asyncio.sleep(LOOK_AGAIN_S)
                 continue
             if not self._heartbeats.active():
+                await self._heartbeats.refresh()  # heard of nobody: we may have been asleep
+                if self._heartbeats.active() or self._heartbeats.ahead():
+                    continue
                 return _reply("alone", await self._averager.run_alone(contribution))
             record = await self._averager.run_round(contribution, self._expected)
             if record is not None and not record.aggregates and not record.stale:

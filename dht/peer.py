@@ -30,7 +30,7 @@ from dtrain.dht.distance import Probe, measure_any
 from dtrain.dht.faults import PIECE_BYTES, FaultPlan
 from dtrain.dht.heartbeats import Heartbeats
 from dtrain.dht.identity import IdentityError, load_or_create
-from dtrain.dht.matchmaking import LocalDht
+from dtrain.dht.matchmaking import LeaderBoard
 from dtrain.dht.meeting import Rounds
 from dtrain.dht.membership import Contribution
 from dtrain.dht.partial_state import NoSpace
@@ -181,7 +181,7 @@ class NetworkPeer:
         self._averager = SwarmAverager(
             terms,
             self._codec,
-            LocalDht(self._node),
+            LeaderBoard(self._node.peer_id, self._heartbeats),
             self._transfer.donor,
             reach=self._connection.reach,
             faults=faults,
@@ -211,6 +211,7 @@ class NetworkPeer:
         self._tasks.append(
             asyncio.create_task(manifests.publish(self._node, args["run_id"], args["manifest"]))
         )
+        await self._heartbeats.open()
         await self._heartbeats.refresh()
         self._opened.set()
         self._show_swarm()  # the worker sees who is there before its next command
@@ -278,7 +279,7 @@ class NetworkPeer:
 
     def _show_swarm(self) -> None:
         now, others = get_dht_time(), self._heartbeats.others()
-        peers = [[r.peer_id, dict(r.status), self._heartbeats.ttl_s - (r.expires - now)] for r in others]
+        peers = [[r.peer_id, dict(r.status), now - r.heard] for r in others]
         self._send({"event": "swarm", "peers": peers, "traffic": [self._traffic.up, self._traffic.down]})
 
     async def _clean_up(self) -> None:

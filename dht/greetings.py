@@ -1,0 +1,149 @@
+"""Heartbeats straight from peer to peer, over the connections that rounds need anyway.
+
+The DHT tells who is there; what they do from second to second they tell each other themselves. That reaches everybody
+at once, and costs a peer one small message per other peer, where a look into the DHT costs the heartbeats of all from
+each node that is asked. Who says something is known from the connection, so nothing needs to be signed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+from google.protobuf.wrappers_pb2 import BytesValue
+from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
+
+from dtrain.dht.records import MAX_STATUS_TEXT, pack_status, unpack_status
+from dtrain.dht.streams import in_background
+
+ANSWER_S = 3.0  # longest wait for an answer
+MAX_GREETING_BYTES = 16 * 1024
+NOBODY = ("", 0.0)
+
+Leads = tuple[str, float]  # (key of the group that this peer would lead or "", DHT time until which it waits)
+
+
+@dataclass(frozen=True)
+class News:
+    """What a peer last said of itself."""
+
+    said: float  # DHT time, by the speaker's clock
+    status: Mapping[str, Any]
+    leads: Leads = NOBODY
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """A message or its answer."""
+
+    have: float  # `said` of the newest that its sender has of the other's news; 0 = nothing
+    said: float = 0.0  # 0 = nothing new
+    status: Mapping[str, Any] | None = None  # None = as before
+    leads: Leads = NOBODY
+
+
+class Greetings(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
+    """Tells our news to other peers and hears theirs.
+
+    `hear(peer id, greeting)` takes in what another says; `have(peer id)` is `said` of the newest of its news.
+    """
+
+    def __init__(
+        self,
+        p2p: P2P,
+        prefix: str,
+        *,
+        hear: Callable[[str, Greeting], None],
+        have: Callable[[str], float],
+    ):
+        self._p2p, self._prefix, self._hear, self._have = p2p, prefix, hear, have
+        self.own: News | None = None  # None = we only listen
+        self._told: dict[str, News] = {}
+        self._telling: dict[str, asyncio.Task[None]] = {}
+
+    async def open(self) -> None:
+        """Begin to answer."""
+        await self.add_p2p_handlers(self._p2p, namespace=self._prefix)
+
+    async def greet(self, peers: Sequence[str]) -> None:
+        """Tell these peers what they have not heard yet, and hear what is new of them. Bounded by ANSWER_S each."""
+        for peer in peers:
+            if peer not in self._telling:
+                self._telling[peer] = in_background(self._tell(peer))
+        telling = [self._telling[peer] for peer in peers if peer in self._telling]
+        if telling:
+            await asyncio.wait(telling)
+
+    async def _tell(self, peer: str) -> None:
+        """Until that peer has our newest news, or cannot be reached."""
+        try:
+            stub = self.get_stub(self._p2p, PeerID.from_base58(peer), namespace=self._prefix)
+            for _ in range(8):
+                own = self.own
+                reply = await stub.rpc_greet(BytesValue(value=self._message(peer)), timeout=ANSWER_S)
+                greeting = unpack_greeting(reply.value)
+                if own is not None:
+                    self._told[peer] = own
+                    if greeting.have < own.said:
+                        del self._told[peer]  # it has forgotten our status
+                self._hear(peer, greeting)
+                if own is None or self._told.get(peer) is self.own:
+                    return
+        except Exception as error:  # hivemind and its daemon raise many types when a peer is gone
+            self._told.pop(peer, None)
+            logging.debug("%s cannot be greeted: %r", peer, error)
+        finally:
+            del self._telling[peer]
+
+    def _message(self, peer: str) -> bytes:
+        own, told = self.own, self._told.get(peer)
+        if own is None or told is own:
+            return pack_greeting(Greeting(self._have(peer)))
+        status = own.status if told is None or told.status != own.status else None
+        return pack_greeting(Greeting(self._have(peer), own.said, status, own.leads))
+
+    async def rpc_greet(self, request: BytesValue, context: P2PContext) -> BytesValue:
+        """Another peer says what it is doing, and gets what it has not heard of us."""
+        peer, greeting = str(context.remote_id), unpack_greeting(request.value)
+        self._hear(peer, greeting)
+        reply, own = Greeting(self._have(peer)), self.own
+        if own is not None and greeting.have < own.said:
+            reply = Greeting(self._have(peer), own.said, own.status, own.leads)
+        return BytesValue(value=pack_greeting(reply))
+
+
+def pack_greeting(greeting: Greeting) -> bytes:
+    """Encode; ValueError when the status does not fit a heartbeat."""
+    fields: dict[str, Any] = {"have": greeting.have}
+    if greeting.said:
+        fields["said"] = greeting.said
+    if greeting.status is not None:
+        fields["status"] = pack_status(greeting.status)
+    if greeting.leads != NOBODY:
+        fields["leads"] = list(greeting.leads)
+    packed = msgpack.packb(fields)
+    assert isinstance(packed, bytes)
+    return packed
+
+
+def unpack_greeting(blob: bytes) -> Greeting:
+    """Decode and check what comes from the network. Raises ValueError."""
+    if len(blob) > MAX_GREETING_BYTES:
+        raise ValueError(f"a greeting of {len(blob)} bytes; {MAX_GREETING_BYTES} is the most")
+    try:
+        fields = msgpack.unpackb(blob)
+        have, said, leads = fields["have"], fields.get("said", 0.0), fields.get("leads", NOBODY)
+        group, until = leads
+        fits = all(isinstance(x, float) and 0 <= x < math.inf for x in (have, said, until))
+        fits = fits and isinstance(group, str) and len(group) <= MAX_STATUS_TEXT
+        status = unpack_status(fields["status"]) if "status" in fields else None
+    except Exception:  # msgpack raises half a dozen types on hostile bytes
+        raise ValueError("not a greeting") from None
+    if not fits or ("status" in fields and status is None):
+        raise ValueError("a greeting with an unfit field")
+    return Greeting(have, said, status, (group, until))
