@@ -135,6 +135,26 @@ def test_who_has_forgotten_is_told_again(network: Network) -> None:
     play(scenario)
 
 
+def test_an_observer_sees_all_and_is_seen_by_nobody(network: Network) -> None:
+    """Who only looks gets everybody's newest word, also between two records in the DHT."""
+
+    async def scenario() -> None:
+        a, observer = network.peer(), network.peer()
+        await a.announce(STATUS)
+        polling = asyncio.create_task(observer.poll())
+        await observer.refresh()
+        polling.cancel()
+        await a.announce({**STATUS, "round": 9})
+        again = asyncio.create_task(observer.poll())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        again.cancel()
+        assert seen(observer)[name(a)]["round"] == 9
+        assert not a.others() and not observer.announced
+
+    play(scenario)
+
+
 def test_who_cannot_be_called_asks(network: Network) -> None:
     """A peer that nobody can call hears others' news, leaders too, in the answers to what it says."""
 
@@ -193,6 +213,25 @@ def test_a_leader_is_known_until_it_leads_no_more(network: Network) -> None:
         assert (await boards[1].get("run-3.0b")).value
         await a.lead("", until)
         assert not (await boards[1].get("run-3.0b")).value
+
+    play(scenario)
+
+
+def test_a_search_can_be_ended_at_any_moment(network: Network) -> None:
+    """Also when news comes at that very moment: a leader whose search goes on keeps its group waiting."""
+
+    async def scenario() -> None:
+        peer = network.peer()
+        for turns in range(6):
+            looking = asyncio.create_task(LeaderBoard(PeerID(peer._own_id), peer).get("run-3.0b"))
+            for _ in range(5):
+                await asyncio.sleep(0)
+            peer._changed.set()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if looking.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await looking
 
     play(scenario)
 

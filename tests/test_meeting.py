@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +21,7 @@ CONTRIBUTION = Contribution(3, bytes(32), b"payload", 10.0)
 
 
 def record(name: str, state: str = "training", **status: object) -> PeerRecord:
-    return PeerRecord(name, {"state": state, "round": 3, "work": 0.0, "digest": "", **status}, 1e12)
+    return PeerRecord(name, {"state": state, "round": 3, "work": 0.0, "digest": "", **status}, 0.0, 0.0, 1e12)
 
 
 class Others:
@@ -39,10 +37,6 @@ class Others:
         return []
 
     async def refresh(self) -> None: ...
-
-    @contextmanager
-    def hurrying(self) -> Iterator[None]:
-        yield
 
 
 class Averager:
