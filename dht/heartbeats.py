@@ -172,8 +172,8 @@ class Heartbeats:
         """Wait for news of anybody since the last call, at most so long. Who cannot be dialled has to ask for it."""
         if self._node.protocol.client_mode:
             await self._greetings.greet([record.peer_id for record in self.others() if record.can_be_dialled])
-        # Not wait_for: up to Python 3.11 it may swallow a cancellation that comes together with the news, and the search
-        # for a group, of which this is a part, would then not end before its deadline.
+        # Not wait_for: up to Python 3.11 it may swallow a cancellation that comes together with the news, and the
+        # search for a group, of which this is a part, would then not end before its deadline.
         waiting = asyncio.ensure_future(self._changed.wait())
         try:
             await asyncio.wait({waiting}, timeout=patience_s)
