@@ -64,6 +64,7 @@ class FaultPlan:
         for fault in self._faults:
             if fault.point == point and fault.round == round:
                 self._faults.remove(fault)
+                print(f"planned fault: {fault.kind} at {point} of round {round}", file=sys.stderr, flush=True)
                 return fault.kind
         return ""
 

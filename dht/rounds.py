@@ -13,18 +13,18 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from google.protobuf.wrappers_pb2 import BytesValue
-from torch import Tensor
 
 from dtrain.compression.codec import Codec
 from dtrain.compression.errors import PayloadError
+from dtrain.compression.residual import Residual
 from dtrain.dht.faults import FaultPlan
 from dtrain.dht.history import RoundRecord
 from dtrain.dht.membership import Member
+from dtrain.dht.reducer import SpanReducer
 from dtrain.dht.streams import Header, Refused, StreamError, ask, read_blob
 
 ATTEMPTS = 3
 RETRY_PAUSE_S = 0.2
-RECONNECT_S = 1.5  # how long a sender whose connection broke may take to come back
 HAVE, TRYING, WITHOUT = "have", "trying", "without"  # what a member says of a span's aggregate
 
 CallPeer = Callable[[int, str], Callable[[AsyncIterator[BytesValue]], Awaitable[AsyncIterator[BytesValue]]]]
@@ -44,7 +44,7 @@ class RoundRunner:
         members: Sequence[Member],
         own_index: int,
         payload: bytes,
-        residual: Tensor | None,
+        residual: Residual | None,
         call: CallPeer,
         round_timeout_s: float,
         sender_timeout_s: float,
@@ -56,7 +56,6 @@ class RoundRunner:
         self.members, self.own_index, self._call = members, own_index, call
         self.spans = codec.spans([1.0 if member.reduces else 0.0 for member in members])
         self._sections = [codec.cut(payload, *span) if span[1] else b"" for span in self.spans]
-        self._residual = residual
         self._round_timeout_s, self._sender_timeout_s = round_timeout_s, sender_timeout_s
         self._deadline = time.monotonic() + round_timeout_s
         # Reducers stop waiting for senders after the sender's timeout: who has not answered well after it will not.
@@ -64,25 +63,46 @@ class RoundRunner:
         self._faults, self._disconnect = faults or FaultPlan(), disconnect
         self.aggregates: dict[int, bytes] = {}
         self._status = {j: TRYING for j in range(len(members)) if self.spans[j][1]}
-        self._inbox: dict[int, bytes] = {}
-        self._inbox_changed = asyncio.Event()
-        self._active = set(range(len(members)))  # senders whose section of our span may still come
-        self._connections = [0] * len(members)
-        self._own_aggregate: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._problems: list[str] = []
+        self._reducer = SpanReducer(
+            codec,
+            self.spans[own_index],
+            members,
+            run=run,
+            round=round,
+            residual=residual,  # None = exact unions
+            report=self._problems.append,
+            reduced=lambda: bool(self._faults.happen("reduced", round)),
+        )
 
     # ------------------------------------------------------------------ sending and collecting
 
     async def run(self) -> None:
         """Take part until every span is here, or known to be with nobody. Bounded by the round's timeout."""
-        reducer = asyncio.create_task(self._reduce_own_span())
+        reducing = asyncio.create_task(self._reduce_own_span())
         try:
             await asyncio.gather(*(self._collect(j) for j in self._status))
-            await asyncio.wait({reducer}, timeout=self._left_s())
+            await asyncio.wait({reducing}, timeout=self._left_s())
         finally:
-            reducer.cancel()
-            if not self._own_aggregate.done():
-                self._own_aggregate.cancel()
+            reducing.cancel()
+            if not self._reducer.aggregate.done():
+                self._reducer.aggregate.cancel()
+        await self._close_own_span()
+
+    async def _reduce_own_span(self) -> None:
+        if self.spans[self.own_index][1]:
+            await self._reducer.reduce(self._sender_timeout_s)
+
+    async def _close_own_span(self) -> None:
+        """What nobody else has of our span is in nobody's theta, so it may not be in ours."""
+        if self.own_index not in self.aggregates:
+            return
+        if await self._reducer.is_taken():
+            self._reducer.settle()
+            return
+        del self.aggregates[self.own_index]
+        self._status[self.own_index] = WITHOUT
+        self._problems.append("our span's aggregate reached nobody")
 
     def record(self, *, wait_s: float, exchange_s: float) -> RoundRecord:
         """What came out of the round for this member."""
@@ -125,8 +145,8 @@ class RoundRunner:
 
     async def _from_reducer(self, j: int) -> bytes | None:
         if j == self.own_index:
-            self._accept(j, self._sections[j])
-            return await asyncio.shield(self._own_aggregate)
+            self._reducer.accept(j, self._sections[j])
+            return await asyncio.shield(self._reducer.aggregate)
         header = {"group": self.group_id, "round": self.round}
         for attempt in range(ATTEMPTS):
             try:
@@ -211,55 +231,10 @@ class RoundRunner:
 
     def sent_aggregate(self, member_id: str, sent: int, total: int) -> None:
         """Part of our span's aggregate has gone to a member."""
+        if sent == total:
+            self._reducer.took(member_id)
         if 2 * sent >= total and self._faults.happen("half-delivered", self.round) == "close":
             self._disconnect(member_id)
-
-    # ------------------------------------------------------------------ reducing
-
-    def _accept(self, sender: int, section: bytes) -> None:
-        if sender in self._active and sender not in self._inbox:
-            self._inbox[sender] = section
-            self._inbox_changed.set()
-
-    def _drop(self, sender: int, reason: str) -> None:
-        if sender in self._active and sender not in self._inbox:
-            self._active.discard(sender)
-            self._problems.append(f"{self.members[sender].peer_id} is not in our span: {reason}")
-            self._inbox_changed.set()
-
-    async def _reduce_own_span(self) -> None:
-        first, count = self.spans[self.own_index]
-        if not count:
-            return
-        timeout = asyncio.get_running_loop().call_later(self._sender_timeout_s, self._drop_the_slow)
-        try:
-            while not self._active <= self._inbox.keys():
-                self._inbox_changed.clear()
-                await self._inbox_changed.wait()
-        finally:
-            timeout.cancel()
-        sections = [(i, self.members[i].weight, self._inbox[i]) for i in sorted(self._active)]
-        self._inbox, self._active = {}, set()  # from here on nobody comes in and nobody is dropped
-        residual = self._residual
-        aggregate = await asyncio.to_thread(
-            self.codec.reduce,
-            sections,
-            residual=None if residual is None else residual[self.codec.layout.elements(first, count)],
-            run=self.run_tag,
-            round=self.round,
-            first_chunk=first,
-            num_chunks=count,
-        )
-        self._faults.happen("reduced", self.round)
-        self._own_aggregate.set_result(aggregate)
-
-    def _drop_the_slow(self) -> None:
-        for sender in list(self._active):
-            self._drop(sender, f"nothing within {self._sender_timeout_s:g} s")
-
-    def _drop_the_gone(self, sender: int, connection: int) -> None:
-        if self._connections[sender] == connection:
-            self._drop(sender, "disconnected")
 
     # ------------------------------------------------------------------ serving the other members
 
@@ -270,23 +245,23 @@ class RoundRunner:
         sender = self._index_of(sender_id)
         if self.own_index not in self._status:
             raise StreamError("no span is reduced here")
-        self._connections[sender] += 1
-        connection = self._connections[sender]
+        connection = self._reducer.connected(sender)
         try:
             section = await self._read_section(header, requests)
         except (StreamError, asyncio.TimeoutError) as error:
-            self._drop(sender, str(error) or "stalled")
+            self._reducer.drop(sender, str(error) or "stalled")
             raise
         except asyncio.CancelledError:  # the connection broke
-            asyncio.get_running_loop().call_later(RECONNECT_S, self._drop_the_gone, sender, connection)
+            self._reducer.disconnected(sender, connection)
             raise
-        self._accept(sender, section)
+        self._reducer.accept(sender, section)
+        reduced = self._reducer.aggregate
         try:
             # Shielded: a caller that hangs up must not cancel the result that all the others wait for.
-            aggregate = await asyncio.wait_for(asyncio.shield(self._own_aggregate), self._left_s())
+            aggregate = await asyncio.wait_for(asyncio.shield(reduced), self._left_s())
             return {}, self._faults.spoil("aggregate", self.round, aggregate)
         except asyncio.CancelledError:
-            if self._own_aggregate.cancelled():
+            if reduced.cancelled():
                 raise StreamError("the span was not reduced in time") from None
             raise
 
@@ -307,6 +282,8 @@ class RoundRunner:
             raise StreamError("no such span")
         aggregate = self.aggregates.get(span)
         if aggregate is not None:
+            if span == self.own_index:
+                self._reducer.took(asker_id)
             return {"status": HAVE}, aggregate
         return {"status": self._status.get(span, WITHOUT)}, b""
 

@@ -177,7 +177,7 @@ async def answer(
     except Exception:  # a mistake of ours; hivemind would report it and hang up first
         logging.exception("a request of another peer failed")
         header, blob = {"refused": "internal error"}, b""
-    for message in messages(header, blob):
+    async for message in _watched(header, blob, on_sent):
         yield message
     if stalled:
         # The read that was given up has closed `requests`: only a hang-up, which cancels us, is heard.

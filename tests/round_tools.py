@@ -14,8 +14,9 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from stream_tools import Call, Handler, Line, Messages, settled
 
 from dtrain.compression.codec import Codec
+from dtrain.compression.residual import Residual
 from dtrain.compression.spec import CodecSpec
-from dtrain.dht import rounds, streams
+from dtrain.dht import reducer, rounds, streams
 from dtrain.dht.faults import FaultPlan
 from dtrain.dht.history import RoundRecord
 from dtrain.dht.membership import Member
@@ -47,7 +48,8 @@ def quicken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses for tests, and nothing left to compile."""
     compile_kernels()
     monkeypatch.setattr(rounds, "RETRY_PAUSE_S", 0.01)
-    monkeypatch.setattr(rounds, "RECONNECT_S", 0.2)
+    monkeypatch.setattr(reducer, "RECONNECT_S", 0.2)
+    monkeypatch.setattr(reducer, "TAKE_S", 0.5)
     monkeypatch.setattr(streams, "ACKNOWLEDGE_S", 0.2)
     monkeypatch.setattr(streams, "HANG_UP_S", 0.05)
 
@@ -87,7 +89,7 @@ class Group:
         self.line, self.played = Line(), played
         self.members = [Member(f"peer{i}", 100.0 + i, i not in indirect) for i in range(num)]
         self.payloads = [make_payload(i) for i in range(num)]
-        self.residuals = [CODEC.residual(0, CODEC.num_chunks) if recompress else None for _ in range(num)]
+        self.residuals = [Residual(CODEC) if recompress else None for _ in range(num)]
         self.faults: dict[tuple[int, int, str], Fault | None] = {}
         """By (caller, callee, method): what becomes of the callee's handler; None = it cannot be reached."""
         self.runners = [
@@ -133,7 +135,8 @@ class Group:
                     return self.runners[callee].serve_span(caller_id, header.get("span"))
                 return await self.runners[callee].serve_part(caller_id, header, requests)
 
-            return answer(requests, handle)
+            took = functools.partial(self.runners[callee].sent_aggregate, caller_id)
+            return answer(requests, handle, took if method == "rpc_aggregate_part" else None)
 
         return serve
 
@@ -165,11 +168,9 @@ class Group:
             for i in weights.keys() & set(self.played):
                 span = next(s for s, a in zip(first.spans, first.aggregates, strict=True) if a is aggregate)
                 delivered -= self.members[i].weight * flat(self.payloads[i], [span])
-        for own_span, residual in zip(self.spans, self.residuals, strict=True):
-            if residual is not None and list(own_span) in first.spans:
-                where = first.spans.index(list(own_span))
-                inside = sum(weight for _, weight in CODEC.contributors(first.aggregates[where]))
-                delivered += inside * residual
+        for residual in filter(None, self.residuals):
+            for first_chunk, num_chunks, weighted in residual.release():
+                delivered[CODEC.layout.elements(first_chunk, num_chunks)] += weighted
         kept, produced = torch.zeros(NUM_ELEMENTS), torch.zeros(NUM_ELEMENTS)
         for i, record in zip(self.honest, records, strict=True):
             kept += self.members[i].weight * flat(self.payloads[i], record.undelivered)

@@ -25,7 +25,7 @@ from round_tools import (
 )
 from stream_tools import Messages
 
-from dtrain.dht import rounds
+from dtrain.dht import reducer, rounds
 from dtrain.dht.streams import Header, Refused, StreamError, messages, read
 
 
@@ -154,7 +154,7 @@ def test_a_sender_may_lose_its_connection_and_come_back() -> None:
         broken = await send_half(group, 1, 0, never)
         another = await send_half(group, 1, 0, go_on)
         broken.cancel()
-        await asyncio.sleep(2 * rounds.RECONNECT_S)
+        await asyncio.sleep(2 * reducer.RECONNECT_S)
         go_on.set()
         await another
         records = await running
@@ -168,13 +168,31 @@ def test_a_sender_that_does_not_come_back_is_not_waited_for() -> None:
     """Who broke off is left out soon, long before the sender's timeout."""
 
     async def scenario() -> None:
-        group = Group(2, played=[1], indirect=[1])
+        group = Group(3, played=[1], indirect=[1])
+        running = asyncio.create_task(group.run())
+        for callee in group.honest:
+            (await send_half(group, 1, callee, asyncio.Event())).cancel()
+        records = await running
+        group.check(records)
+        for record in records:
+            assert record.contributors == ["peer0", "peer2"]
+            assert record.problems == ["peer1 is not in our span: disconnected"]
+
+    play(scenario)
+
+
+def test_what_reaches_nobody_is_kept() -> None:
+    """A reducer whose sum nobody has got does not count it either: the whole payload is undelivered."""
+
+    async def scenario() -> None:
+        group = Group(2, played=[1], indirect=[1], recompress=True)
         running = asyncio.create_task(group.run())
         (await send_half(group, 1, 0, asyncio.Event())).cancel()
         records = await running
         group.check(records)
-        assert records[0].contributors == ["peer0"]
-        assert records[0].problems == ["peer1 is not in our span: disconnected"]
+        assert (records[0].contributors, records[0].aggregates) == ([], [])
+        assert records[0].undelivered == [list(span) for span in group.spans if span[1]]
+        assert group.residuals[0] is not None and group.residuals[0].release() == []
 
     play(scenario)
 
@@ -254,7 +272,7 @@ def test_a_late_section_is_answered_and_changes_nothing() -> None:
         await asyncio.gather(*in_time)
         for late, j in itertools.product(group.played, group.honest):
             (await send_half(group, late, j, asyncio.Event())).cancel()
-        await asyncio.sleep(2 * rounds.RECONNECT_S)
+        await asyncio.sleep(2 * reducer.RECONNECT_S)
         for late, j in itertools.product(group.played, group.honest):
             _, aggregate = await group.part(late, j, group.section(late, j))
             assert aggregate == records[0].aggregates[j]
