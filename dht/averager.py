@@ -8,10 +8,11 @@ so it is never started with `start()`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, AsyncIterator  # noqa: UP035  # hivemind recognizes streams by typing's AsyncIterator only
 
 import torch
@@ -23,6 +24,7 @@ from hivemind.proto import averaging_pb2
 from hivemind.utils import get_dht_time
 
 from dtrain.compression.codec import Codec
+from dtrain.compression.residual import Piece, Residual
 from dtrain.dht.faults import FaultPlan, spoil_hello
 from dtrain.dht.history import RoundHistory, RoundRecord, parse_round
 from dtrain.dht.matchmaking import RoundMatchmaking, Ticket
@@ -34,6 +36,7 @@ from dtrain.dht.streams import StreamError, answer, ask, in_background, next_mes
 
 REQUEST_TIMEOUT_S = 3.0  # a leader that does not answer within this is passed over
 MIN_MATCHMAKING_S = 4.0  # must exceed the request timeout, or hivemind's search can deadlock
+LATE_S = 5.0  # a member this long after its round's timeout was frozen meanwhile
 GROUP_KNOWN_S = 5.0  # a groupmate may call us before our leader's word that the group exists has come
 MAX_GROUP = 1024  # members whose contributions a past round may hold
 KEPT_RUNNERS = 4  # slow groupmates may still ask for a span of the last few groups
@@ -92,7 +95,8 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         self.history = RoundHistory()
         self._runners: OrderedDict[bytes, RoundRunner] = OrderedDict()
         self._faults = faults
-        self._residual: torch.Tensor | None = None
+        self._residual = Residual(codec)
+        self._own_span = (0, 0)  # of the newest round that came to an end
         self._group_registered = asyncio.Condition()
 
     async def open(self, p2p: P2P) -> None:
@@ -150,7 +154,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             members=members,
             own_index=ids.index(str(self.peer_id)),
             payload=contribution.payload,
-            residual=None if len(members) <= self.terms.exact_up_to else self._reducer_residual(),
+            residual=None if len(members) <= self.terms.exact_up_to else self._residual,
             call=lambda j, name: self.method(ids[j], name),
             round_timeout_s=self.terms.round_timeout_s,
             sender_timeout_s=self.terms.sender_timeout_s,
@@ -163,8 +167,25 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             await runner.run()
         self._faults.happen("before-report", contribution.round)
         record = runner.record(wait_s=wait_s, exchange_s=time.monotonic() - started)
+        if time.monotonic() > started + self.terms.round_timeout_s + LATE_S:
+            record = await self._as_others_have_it(record)
+        elif record.aggregates:
+            self._own_span = (0, 0) if len(members) <= self.terms.exact_up_to else runner.settle()
         self.history.keep(record)
         return record
+
+    async def _as_others_have_it(self, ours: RoundRecord) -> RoundRecord:
+        """We were frozen: how the round went on without us only the others know."""
+        own = str(self.peer_id)
+        for peer_id in ours.members:
+            try:
+                theirs = await self.fetch_round(peer_id, ours.round) if peer_id != own else None
+            except Exception as error:  # gone, or it has no such round
+                logging.info("%s cannot tell how round %d went: %r", peer_id, ours.round, error)
+                continue
+            if theirs is not None and theirs.members == ours.members:
+                return replace(ours, **theirs.content(), undelivered=theirs.without(own, self.codec))
+        return replace(ours, stale=True)
 
     async def fetch_round(self, peer_id: str, round: int) -> RoundRecord:
         """A past round from one peer, checked. Raises StreamError, PayloadError, or hivemind's errors."""
@@ -187,10 +208,9 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         self.history.keep(past)
         return past
 
-    def _reducer_residual(self) -> torch.Tensor:
-        if self._residual is None:
-            self._residual = self.codec.residual(0, self.codec.num_chunks)
-        return self._residual
+    def release_residual(self, *, all: bool) -> list[Piece]:
+        """What we keep for everybody in places where we reduce no more (or anywhere); from now on the caller does."""
+        return self._residual.release(*((0, 0) if all else self._own_span))
 
     async def run_alone(self, contribution: Contribution) -> RoundRecord:
         """A round of one: our own payload is the aggregate."""
@@ -203,7 +223,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             first_chunk=first,
             num_chunks=count,
         )
-        own = [str(self.peer_id)]
+        own, self._own_span = [str(self.peer_id)], (0, 0)
         record = RoundRecord(contribution.round, contribution.base_digest, own, own, [whole], [aggregate])
         self.history.keep(record)
         return record

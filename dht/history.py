@@ -11,6 +11,7 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dtrain.compression.codec import Codec
 from dtrain.dht.streams import StreamError
 
 KEPT_ROUNDS = 64
@@ -35,6 +36,21 @@ class RoundRecord:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def content(self) -> dict[str, Any]:
+        """What is the same for all members."""
+        return {"contributors": self.contributors, "spans": self.spans, "aggregates": self.aggregates}
+
+    def without(self, member: str, codec: Codec) -> list[list[int]]:
+        """The ranges of chunks in which that member's payload is in no aggregate."""
+        index = self.members.index(member)
+        inside = [
+            (first, first + count)
+            for (first, count), aggregate in zip(self.spans, self.aggregates)
+            if index in dict(codec.contributors(aggregate))
+        ]
+        edges = [0, *(edge for span in inside for edge in span), codec.num_chunks]
+        return [[a, b - a] for a, b in zip(edges[::2], edges[1::2]) if a < b]
 
 
 class RoundHistory:

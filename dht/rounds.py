@@ -98,11 +98,16 @@ class RoundRunner:
         if self.own_index not in self.aggregates:
             return
         if await self._reducer.is_taken():
-            self._reducer.settle()
             return
         del self.aggregates[self.own_index]
         self._status[self.own_index] = WITHOUT
         self._problems.append("our span's aggregate reached nobody")
+
+    def settle(self) -> tuple[int, int]:
+        """The round counts: keep what our aggregate left out. Returns our span."""
+        if self.own_index in self.aggregates:
+            self._reducer.settle()
+        return self.spans[self.own_index]
 
     def record(self, *, wait_s: float, exchange_s: float) -> RoundRecord:
         """What came out of the round for this member."""

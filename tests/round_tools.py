@@ -152,6 +152,8 @@ class Group:
         """Let all honest members run; their records in order."""
         await asyncio.wait_for(asyncio.gather(*(self.runners[i].run() for i in self.honest)), PATIENCE_S)
         await settled(self.line)
+        for i in self.honest:
+            self.runners[i].settle()
         return [self.runners[i].record(wait_s=0.0, exchange_s=0.0) for i in self.honest]
 
     def check(self, records: Sequence[RoundRecord]) -> None:
