@@ -43,7 +43,8 @@ class Residual:
 
     def _divide(self, first_chunk: int, num_chunks: int) -> tuple[list[Piece], list[Piece]]:
         """(pieces outside a place, pieces in it)"""
-        outside, inside = [], []
+        outside: list[Piece] = []
+        inside: list[Piece] = []
         for first, count, kept in self._pieces:
             cuts = [min(max(edge, first), first + count) for edge in (first_chunk, first_chunk + num_chunks)]
             edges = [first, *cuts, first + count]

@@ -71,6 +71,7 @@ class DhtExchange:
         self._state_files = StateFiles(settings.identity.parent / "transfer")
         self._status: dict[str, Any] | None = None
         self._run: dict[str, Any] = {}
+        self._released: list[tuple[int, int, bytes]] = []  # see release_residual
         self._closing, self._open = threading.Event(), threading.Event()
         self._heartbeat_ttl_s = 0.0
         self.peer_id = ""
@@ -235,6 +236,15 @@ class DhtExchange:
             return []
         return [replace(view, age_s=view.age_s + passed) for view in views]
 
+    def release_residual(self, *, all: bool) -> Sequence[tuple[int, int, bytes]]:
+        if all:
+            try:
+                self._released += self.process.command("release_residual")
+            except ExchangeError:
+                pass  # it went with the network process
+        released, self._released = self._released, []
+        return [(first, count, values) for first, count, values in released]
+
     def run_round(self, *, round: int, base_digest: bytes, payload: bytes, weight: float) -> Outcome:
         contribution = {
             "round": round,
@@ -244,9 +254,9 @@ class DhtExchange:
         }
         while True:
             try:
-                return _outcome(
-                    round, self.process.command("run_round", timeout_s=self._round_limit_s, **contribution)
-                )
+                answer = self.process.command("run_round", timeout_s=self._round_limit_s, **contribution)
+                self._released += answer.pop("released", [])
+                return _outcome(round, answer)
             except ConnectionLost as error:
                 self._closing.wait(RESTART_PAUSE_S)
                 if self._closing.is_set() or not self._open.wait(RESTARTED_S):

@@ -43,7 +43,7 @@ SNAPSHOT_TIMEOUT_S = 60.0
 # The worker's commands, each a method of NetworkPeer.
 COMMANDS = {
     *("connect", "distance", "find_manifests", "publish", "open_run", "limit", "observe", "announce"),
-    *("post", "read_notes", "run_round", "fetch_round", "fetch_state"),
+    *("post", "read_notes", "run_round", "release_residual", "fetch_round", "fetch_state"),
 }
 SHOW_PERIOD_S = 0.25
 LEAVE_S = 2.0  # longest wait for our last heartbeat on the way out
@@ -245,7 +245,16 @@ class NetworkPeer:
         """Take part in a round; the reply's "verdict" is one of trainer/exchange.py's."""
         await self._opened.wait()  # after a restart the worker may ask before it has had us open the run
         contribution = Contribution(args["round"], args["base_digest"], args["payload"], args["weight"])
-        return await self._rounds.run(contribution)
+        reply = await self._rounds.run(contribution)
+        return {**reply, "released": self._release(all=False)}
+
+    async def release_residual(self, args: Args) -> list[list[Any]]:
+        """What we keep for everybody as a reducer; from now on the worker does."""
+        return self._release(all=True)
+
+    def _release(self, *, all: bool) -> list[list[Any]]:
+        released = self._averager.release_residual(all=all)
+        return [[first, count, values.numpy().tobytes()] for first, count, values in released]
 
     async def fetch_round(self, args: Args) -> Args | None:
         """A past round from any peer that has it; everything in it checked."""

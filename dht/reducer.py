@@ -34,7 +34,7 @@ class SpanReducer:
         round: int,
         residual: Residual | None,
         report: Callable[[str], None],
-        reduced: Callable[[], None],
+        reduced: Callable[[], object],
     ):
         self._codec, self.span, self._members = codec, span, members
         self._run, self._round, self._residual = run, round, residual

@@ -72,7 +72,7 @@ class RoundRunner:
             round=round,
             residual=residual,  # None = exact unions
             report=self._problems.append,
-            reduced=lambda: bool(self._faults.happen("reduced", round)),
+            reduced=lambda: self._faults.happen("reduced", round),
         )
 
     # ------------------------------------------------------------------ sending and collecting

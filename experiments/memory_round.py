@@ -12,10 +12,10 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from dtrain.compression.codec import Codec
 from dtrain.compression.errors import PayloadError
+from dtrain.compression.residual import Residual
 
 Floats = npt.NDArray[np.float64]
 _Sections = dict[tuple[int, int], bytes]
@@ -129,7 +129,8 @@ class GroupReducer:
         self._exact_up_to = max(1, exact_up_to)  # recompression gains nothing for a worker that is alone
         self._faults = faults
         self._links, self._patience_s = links, patience_s
-        self._residuals: dict[str, Tensor] = {}
+        self._residuals: dict[str, Residual] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
 
     def reduce(self, round: int, members: Sequence[Contribution]) -> Reduced:
         """Reduce the payloads of `members`, given in canonical order: each owns a span of equal share."""
@@ -213,16 +214,15 @@ class GroupReducer:
         sections: Sequence[tuple[int, float, bytes]],
         num_members: int,
     ) -> bytes:
+        recompressed, residual = num_members > self._exact_up_to, self._residuals.setdefault(reducer, Residual(self._codec))
+        self._spans[reducer] = span if recompressed else (0, 0)
         if not sections:
             return b""
         first, count = span
+        weight = math.fsum(weight for _, weight, _ in sections)
+        left_over = residual.draw(first, count, weight) if recompressed else None
         aggregate = self._codec.reduce(
-            sections,
-            residual=self._residual(reducer, first, count) if num_members > self._exact_up_to else None,
-            run=self._run,
-            round=round,
-            first_chunk=first,
-            num_chunks=count,
+            sections, residual=left_over, run=self._run, round=round, first_chunk=first, num_chunks=count
         )
         self._codec.check_aggregate(
             aggregate,
@@ -232,6 +232,8 @@ class GroupReducer:
             num_chunks=count,
             num_members=num_members,
         )
+        if left_over is not None and (round, reducer) not in self._faults.spans:
+            residual.settle(first, count, weight, left_over)
         return aggregate
 
     def _section(
@@ -246,12 +248,11 @@ class GroupReducer:
             return None
         return section
 
-    def _residual(self, reducer: str, first: int, count: int) -> Tensor:
-        """The part of the reducer's residual that lies in the span. Spans move as members come and go; what
-        was left over in one place waits there until the reducer owns that place again."""
-        if reducer not in self._residuals:
-            self._residuals[reducer] = self._codec.residual(0, self._codec.num_chunks)
-        return self._residuals[reducer][self._codec.layout.elements(first, count)]
+    def release_residual(self, reducer: str, *, all: bool) -> list[tuple[int, int, bytes]]:
+        """See `Exchange.release_residual`."""
+        residual = self._residuals.get(reducer)
+        pieces = residual.release(*((0, 0) if all else self._spans[reducer])) if residual is not None else []
+        return [(first, count, values.numpy().tobytes()) for first, count, values in pieces]
 
 
 def _report(result: Reduced, peer_id: str, span: tuple[int, int], problem: str) -> None:

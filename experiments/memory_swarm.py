@@ -244,6 +244,11 @@ class MemorySwarm:
         if seconds > 0:
             self.clock.sleep(seconds)
 
+    def release_residual(self, name: str, *, all: bool) -> list[tuple[int, int, bytes]]:
+        """See `Exchange.release_residual`."""
+        with self._reducing:
+            return self._reducer.release_residual(name, all=all)
+
     def _withdraw(self, meeting: _Meeting, name: str, round: int) -> None:
         meeting.entries.pop(name, None)
         if not meeting.entries and self._meetings.get(round) is meeting:

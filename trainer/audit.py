@@ -59,6 +59,11 @@ class AuditedFeedback:
         self._add(contribution, 1.0)
         self._feedback.absorb(contribution)
 
+    def take_over(self, first_chunk: int, num_chunks: int, values: Tensor) -> None:
+        """See Feedback."""
+        self._expected[self._codec.layout.elements(first_chunk, num_chunks)] += values
+        self._feedback.take_over(first_chunk, num_chunks, values)
+
     def state_dict(self) -> dict[str, Tensor]:
         """See Feedback."""
         return self._feedback.state_dict()

@@ -175,6 +175,13 @@ class Exchange(Protocol):
     def run_round(self, *, round: int, base_digest: bytes, payload: bytes, weight: float) -> Outcome:
         """Join `round` with `payload` (weight in tokens) and return when the round is over for this worker."""
 
+    def release_residual(self, *, all: bool) -> Sequence[tuple[int, int, bytes]]:
+        """What this worker, as a reducer, still keeps for everybody in places where it reduces no more (or anywhere).
+
+        Returns (first chunk, number of chunks, weight * value of their elements in chunk order, fp32); the weight is
+        in tokens. From now on it is the caller's to deliver.
+        """
+
     def fetch_round(self, round: int) -> Outcome | None:
         """Get the aggregates of a past round from any peer that still has them, to catch up without a download."""
 

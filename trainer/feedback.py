@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dtrain.compression.codec import Codec
 from dtrain.trainer.errors import RunError
+from dtrain.trainer.exchange import Exchange
 from dtrain.trainer.manifest import Manifest
 
 
@@ -28,6 +30,9 @@ class Feedback(Protocol):
 
     def absorb(self, contribution: Sequence[Tensor]) -> None:
         """Keep a whole contribution that never became a payload."""
+
+    def take_over(self, first_chunk: int, num_chunks: int, values: Tensor) -> None:
+        """Keep `values` of these chunks too [their elements in chunk order]: they are owed to theta, and now by us."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """This worker's own state, for its checkpoints."""
@@ -61,6 +66,10 @@ class ErrorFeedback:
         payload = self._codec.encode(contribution, self._kept, decay=1.0, run=self._run, round=0)
         self._codec.give_back(self._kept, payload, 0, self._codec.num_chunks)
 
+    def take_over(self, first_chunk: int, num_chunks: int, values: Tensor) -> None:
+        """See Feedback."""
+        self._kept[self._codec.layout.elements(first_chunk, num_chunks)] += values.to(self._kept.device)
+
     def state_dict(self) -> dict[str, Tensor]:
         """{"feedback": [codec.feedback_numel] fp32}."""
         return {"feedback": self._kept}
@@ -71,3 +80,13 @@ class ErrorFeedback:
         if stored is None or stored.shape != self._kept.shape or stored.dtype != self._kept.dtype:
             raise RunError("the stored error feedback does not fit this run's model and codec")
         self._kept.copy_(stored)
+
+
+def take_over_residual(exchange: Exchange, feedback: Feedback, weight: float, *, all: bool = False) -> None:
+    """What we kept for everybody as a reducer, and will not reduce again, is delivered with our own payloads.
+
+    Others' payloads stood behind it too, so it has to outweigh ours, whose weight is given in tokens.
+    """
+    for first_chunk, num_chunks, weighted in exchange.release_residual(all=all):
+        values = torch.frombuffer(bytearray(weighted), dtype=torch.float32)
+        feedback.take_over(first_chunk, num_chunks, values / weight)

@@ -24,7 +24,7 @@ from dtrain.trainer.download import DownloadReport
 from dtrain.trainer.duty import Duty
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.exchange import ALONE, DONE, NO_GROUP, Exchange, Outcome
-from dtrain.trainer.feedback import ErrorFeedback, Feedback
+from dtrain.trainer.feedback import ErrorFeedback, Feedback, take_over_residual
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.gathering import stay_for_the_rest, wait_for_start
 from dtrain.trainer.inner import evaluate, make_inner
@@ -105,6 +105,7 @@ class Worker:
         self.sampler = Sampler()
         self._courier = clock.courier()
         self._delivery: Delivery | None = None
+        self._weight = 0  # of our newest payload, in tokens
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end after the inner step or the exchange that is under way. Safe from any thread."""
@@ -235,6 +236,8 @@ class Worker:
         outcome = self.report.waiting_for(delivery.outcome)
         if outcome.verdict in (DONE, ALONE):
             self.feedback.give_back(delivery.payload, outcome.undelivered)
+            self._weight = delivery.training.tokens
+            take_over_residual(self.exchange, self.feedback, self._weight)
             all_tokens = self.outer.step(outcome.aggregates)
             self._move_local(delivery.base)
             self.pacer.came_late = False
@@ -308,6 +311,7 @@ class Worker:
             self.report.state("finished")
             stay_for_the_rest(self.outer, self.exchange, self._stop, self.clock)
         self.report.state("leaving")
+        take_over_residual(self.exchange, self.feedback, self._weight, all=True)
         self._checkpoint()
         asked = self.control.finishing and not self._stop.is_set()
         self.report.stopped("finished, as you asked" if asked else self._stop_reason)
