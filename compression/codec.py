@@ -191,6 +191,11 @@ class Codec:
         head, body = wire.open_header(aggregate, _AGGREGATES, checksum=False)
         return tuple(wire.unpack_contributors(head, body)[0])
 
+    def span_of(self, aggregate: bytes) -> tuple[int, int]:
+        """(first chunk, number of chunks) that a checked aggregate covers."""
+        head, _ = wire.open_header(aggregate, _AGGREGATES, checksum=False)
+        return head.first_chunk, head.num_chunks
+
     def decode(
         self, aggregates: Sequence[bytes], *, out: Sequence[torch.Tensor] | None = None
     ) -> list[torch.Tensor]:

@@ -8,11 +8,10 @@ so it is never started with `start()`.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, AsyncIterator  # noqa: UP035  # hivemind recognizes streams by typing's AsyncIterator only
 
 import torch
@@ -26,19 +25,19 @@ from hivemind.utils import get_dht_time
 from dtrain.compression.codec import Codec
 from dtrain.compression.residual import Piece, Residual
 from dtrain.dht.faults import FaultPlan, spoil_hello
-from dtrain.dht.history import RoundHistory, RoundRecord, parse_round
+from dtrain.dht.history import RoundHistory, RoundRecord, as_others_have_it, fetch_round
 from dtrain.dht.matchmaking import RoundMatchmaking, Ticket
 from dtrain.dht.membership import Contribution, agree_on_members, pack_hello
 from dtrain.dht.reachability import CLIENT
 from dtrain.dht.rounds import RoundRunner
 from dtrain.dht.state_donor import StateDonor
-from dtrain.dht.streams import StreamError, answer, ask, in_background, next_message, parse_header
+from dtrain.dht.streams import StreamError, answer, in_background, next_message, parse_header
+from dtrain.dht.uplink import Uplink
 
 REQUEST_TIMEOUT_S = 3.0  # a leader that does not answer within this is passed over
 MIN_MATCHMAKING_S = 4.0  # must exceed the request timeout, or hivemind's search can deadlock
 LATE_S = 5.0  # a member this long after its round's timeout was frozen meanwhile
 GROUP_KNOWN_S = 5.0  # a groupmate may call us before our leader's word that the group exists has come
-MAX_GROUP = 1024  # members whose contributions a past round may hold
 KEPT_RUNNERS = 4  # slow groupmates may still ask for a span of the last few groups
 MAX_HEADER_SIZE_FIELD = 2**62  # sizes are judged where the blob is read
 
@@ -96,6 +95,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         self._runners: OrderedDict[bytes, RoundRunner] = OrderedDict()
         self._faults = faults
         self._residual = Residual(codec)
+        self._uplink = Uplink()
         self._own_span = (0, 0)  # of the newest round that came to an end
         self._group_registered = asyncio.Condition()
 
@@ -125,7 +125,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         said = spoil_hello(contribution, self._faults.happen("matchmaking", contribution.round))
         patience_s = max(MIN_MATCHMAKING_S, self.terms.matchmaking_s)
         ticket = Ticket(
-            data_for_gather=pack_hello(said, reach=self._reach),
+            data_for_gather=pack_hello(said, reach=self._reach, mbps=self._uplink.mbps),
             scheduled_time=now + patience_s,
             deadline=now + patience_s + 2 * MIN_MATCHMAKING_S,
         )
@@ -165,46 +165,20 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         await self._register(runner)
         with self._donor.upload.round_under_way():
             await runner.run()
+        self._uplink.measure(runner.uploads)
         self._faults.happen("before-report", contribution.round)
         record = runner.record(wait_s=wait_s, exchange_s=time.monotonic() - started)
         if time.monotonic() > started + self.terms.round_timeout_s + LATE_S:
-            record = await self._as_others_have_it(record)
+            record = await as_others_have_it(record, str(self.peer_id), self.codec, self.fetch_round)
         elif record.aggregates:
             self._own_span = (0, 0) if len(members) <= self.terms.exact_up_to else runner.settle()
         self.history.keep(record)
         return record
 
-    async def _as_others_have_it(self, ours: RoundRecord) -> RoundRecord:
-        """We were frozen: how the round went on without us only the others know."""
-        own = str(self.peer_id)
-        for peer_id in ours.members:
-            try:
-                theirs = await self.fetch_round(peer_id, ours.round) if peer_id != own else None
-            except Exception as error:  # gone, or it has no such round
-                logging.info("%s cannot tell how round %d went: %r", peer_id, ours.round, error)
-                continue
-            if theirs is not None and theirs.members == ours.members:
-                return replace(ours, **theirs.content(), undelivered=theirs.without(own, self.codec))
-        return replace(ours, stale=True)
-
     async def fetch_round(self, peer_id: str, round: int) -> RoundRecord:
         """A past round from one peer, checked. Raises StreamError, PayloadError, or hivemind's errors."""
-        reply, blob = await ask(
-            self.method(peer_id, "rpc_fetch_round"),
-            {"round": round},
-            max_bytes=self.codec.max_aggregate_bytes(0, self.codec.num_chunks, MAX_GROUP),
-            timeout_s=self.terms.sender_timeout_s,
-        )
-        past = parse_round(round, reply, blob)
-        for (first, count), aggregate in zip(past.spans, past.aggregates):
-            self.codec.check_aggregate(
-                aggregate,
-                run=self.terms.run_tag,
-                round=round,
-                first_chunk=first,
-                num_chunks=count,
-                num_members=len(past.members),
-            )
+        method, terms = self.method(peer_id, "rpc_fetch_round"), self.terms
+        past = await fetch_round(method, self.codec, terms.run_tag, round, terms.sender_timeout_s)
         self.history.keep(past)
         return past
 

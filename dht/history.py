@@ -6,16 +6,19 @@ theta anew.
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dtrain.compression.codec import Codec
-from dtrain.dht.streams import StreamError
+from dtrain.dht.streams import Call, StreamError, ask
 
 KEPT_ROUNDS = 64
 KEPT_BYTES = 256 * 1024 * 1024
+MAX_GROUP = 1024  # members whose contributions a past round may hold
 
 
 @dataclass(frozen=True)
@@ -101,3 +104,40 @@ def parse_round(round: int, reply: dict[str, Any], blob: bytes) -> RoundRecord:
     except (KeyError, TypeError, ValueError):
         raise StreamError("a malformed past round") from None
     return RoundRecord(round, base_digest, members, contributors, spans, aggregates)
+
+
+async def fetch_round(call: Call, codec: Codec, run_tag: bytes, round: int, timeout_s: float) -> RoundRecord:
+    """A past round from another peer, checked. Raises StreamError, PayloadError, or hivemind's errors."""
+    limit = codec.max_aggregate_bytes(0, codec.num_chunks, MAX_GROUP)
+    reply, blob = await ask(call, {"round": round}, max_bytes=limit, timeout_s=timeout_s)
+    past = parse_round(round, reply, blob)
+    for (first, count), aggregate in zip(past.spans, past.aggregates):
+        codec.check_aggregate(
+            aggregate,
+            run=run_tag,
+            round=round,
+            first_chunk=first,
+            num_chunks=count,
+            num_members=len(past.members),
+        )
+    return past
+
+
+async def as_others_have_it(
+    ours: RoundRecord, own: str, codec: Codec, fetch: Callable[[str, int], Awaitable[RoundRecord]]
+) -> RoundRecord:
+    """The record of a member that was frozen: how the round went on without it only the others know.
+
+    `fetch(peer id, round)` is `fetch_round` from that peer. When nobody can tell, the record is a stale one.
+    """
+    for peer_id in ours.members:
+        if peer_id == own:
+            continue
+        try:
+            theirs = await fetch(peer_id, ours.round)
+        except Exception as error:  # gone, or it has no such round
+            logging.info("%s cannot tell how round %d went: %r", peer_id, ours.round, error)
+            continue
+        if (theirs.members, theirs.base_digest) == (ours.members, ours.base_digest):
+            return replace(ours, **theirs.content(), undelivered=theirs.without(own, codec))
+    return replace(ours, stale=True)

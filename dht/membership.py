@@ -10,6 +10,7 @@ from typing import Any
 import msgpack
 
 from dtrain.dht.reachability import CLIENT, DIRECT, RELAYED
+from dtrain.dht.uplink import MAX_MBPS
 
 PROTOCOL_VERSION = 2
 MIN_WEIGHT = 1e-9  # tokens; the codec refuses to reduce weights below it
@@ -32,9 +33,10 @@ class Member:
     peer_id: str
     weight: float
     reduces: bool  # who cannot be called owns no span; who can through a relay only, one if nobody else can
+    mbps: float = 0.0  # of its uplink, 0 = not known
 
 
-def pack_hello(contribution: Contribution, *, reach: str) -> bytes:
+def pack_hello(contribution: Contribution, *, reach: str, mbps: float = 0.0) -> bytes:
     """What a peer tells its group while matchmaking."""
     hello = msgpack.packb(
         {
@@ -43,6 +45,7 @@ def pack_hello(contribution: Contribution, *, reach: str) -> bytes:
             "digest": contribution.base_digest,
             "weight": float(contribution.weight),
             "reach": reach,
+            "mbps": mbps,
         }
     )
     assert isinstance(hello, bytes)
@@ -63,7 +66,7 @@ def agree_on_members(
         hello = _parse_hello(raw, max_weight)
         if hello is not None and hello["round"] == round:
             reaches[str(peer_id)] = hello["reach"]
-            member = Member(str(peer_id), hello["weight"], hello["reach"] != CLIENT)
+            member = Member(str(peer_id), hello["weight"], hello["reach"] != CLIENT, hello["mbps"])
             sets.setdefault(hello["digest"], []).append(member)
     sets = {digest: members for digest, members in sets.items() if any(m.reduces for m in members)}
     if not sets:
@@ -91,6 +94,8 @@ def _parse_hello(raw: bytes, max_weight: float) -> dict[str, Any] | None:
             and isinstance(hello["weight"], float)
             and MIN_WEIGHT <= hello["weight"] <= max_weight
             and hello["reach"] in (DIRECT, RELAYED, CLIENT)
+            and isinstance(hello["mbps"], float)
+            and 0 <= hello["mbps"] <= MAX_MBPS
         )
     except Exception:  # one peer's garbage must not fail the group
         return None

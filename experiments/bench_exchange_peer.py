@@ -130,7 +130,7 @@ class DtrainPeer(_Sparse):
         if len(outcome.aggregates) <= others:
             return None  # a span got lost: which one is ours is not told
         own = list(outcome.members).index(self.peer_id)
-        spans = self.codec.spans([1.0] * len(outcome.members))
+        spans = [self.codec.span_of(aggregate) for aggregate in outcome.aggregates]
         sections = [self.codec.cut(payload, *span) for j, span in enumerate(spans) if j != own]
         return sum(map(len, sections)) + others * len(outcome.aggregates[own])
 

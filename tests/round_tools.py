@@ -16,7 +16,7 @@ from stream_tools import Call, Handler, Line, Messages, settled
 from dtrain.compression.codec import Codec
 from dtrain.compression.residual import Residual
 from dtrain.compression.spec import CodecSpec
-from dtrain.dht import reducer, rounds, streams
+from dtrain.dht import parts, reducer, rounds, streams
 from dtrain.dht.faults import FaultPlan
 from dtrain.dht.history import RoundRecord
 from dtrain.dht.membership import Member
@@ -47,7 +47,8 @@ def compile_kernels() -> None:
 def quicken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses for tests, and nothing left to compile."""
     compile_kernels()
-    monkeypatch.setattr(rounds, "RETRY_PAUSE_S", 0.01)
+    for module in (rounds, parts):
+        monkeypatch.setattr(module, "RETRY_PAUSE_S", 0.01)
     monkeypatch.setattr(reducer, "RECONNECT_S", 0.2)
     monkeypatch.setattr(reducer, "TAKE_S", 0.5)
     monkeypatch.setattr(streams, "ACKNOWLEDGE_S", 0.2)

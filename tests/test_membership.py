@@ -39,6 +39,7 @@ def raw(**changes: Any) -> bytes:
         "digest": DIGESTS[0],
         "weight": 1.0,
         "reach": DIRECT,
+        "mbps": 0.0,
     }
     return bytes(msgpack.packb({**fields, **changes}))
 

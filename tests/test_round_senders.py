@@ -25,7 +25,7 @@ from round_tools import (
 )
 from stream_tools import Messages
 
-from dtrain.dht import reducer, rounds
+from dtrain.dht import parts, reducer
 from dtrain.dht.streams import Header, Refused, StreamError, messages, read
 
 
@@ -251,13 +251,13 @@ def test_a_member_says_what_it_knows_of_a_span() -> None:
         group = Group(3, played=[1], indirect=[2])
         group.break_reducer(1, refusing)
         runner = group.runners[0]
-        assert runner.serve_span("peer1", 0) == ({"status": rounds.TRYING}, b"")
+        assert runner.serve_span("peer1", 0) == ({"status": parts.TRYING}, b"")
         sending = asyncio.create_task(group.part(1, 0, group.section(1, 0)))
         records = await group.run()
         await sending
-        assert runner.serve_span("peer1", 0) == ({"status": rounds.HAVE}, records[0].aggregates[0])
-        assert runner.serve_span("peer1", 1) == ({"status": rounds.WITHOUT}, b"")
-        assert runner.serve_span("peer1", 2) == ({"status": rounds.WITHOUT}, b"")
+        assert runner.serve_span("peer1", 0) == ({"status": parts.HAVE}, records[0].aggregates[0])
+        assert runner.serve_span("peer1", 1) == ({"status": parts.WITHOUT}, b"")
+        assert runner.serve_span("peer1", 2) == ({"status": parts.WITHOUT}, b"")
 
     play(scenario)
 

@@ -31,7 +31,7 @@ from round_tools import (
     silent,
 )
 
-from dtrain.dht import rounds
+from dtrain.dht import parts, rounds
 from dtrain.dht.streams import messages
 
 
@@ -176,7 +176,7 @@ def test_a_member_that_lies_about_a_span_is_not_believed() -> None:
         group.faults[0, 1, "rpc_fetch_span"] = None
         lies = [of_another_round(), weighted(0, 1e9)]
         for i, lie in zip((2, 3), lies, strict=True):
-            header, piece = messages({"status": rounds.HAVE}, lie)
+            header, piece = messages({"status": parts.HAVE}, lie)
             group.faults[0, i, "rpc_fetch_span"] = saying(header.value, piece.value)
         records = await group.run()
         assert records[0].spans == [list(group.spans[j]) for j in (0, 2, 3)]
