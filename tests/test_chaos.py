@@ -30,11 +30,13 @@ round_timeout_s = 12
 sender_timeout_s = 5
 heartbeat_s = 1
 heartbeat_ttl_s = 6
+exact_up_to = {exact_up_to}
 """
 ROUND_TIMEOUT_S = 12.0
 FAULT_ROUND = 2
 POINTS = ("matchmaking", "first-part-sent", "half-sent", "reduced", "half-delivered", "before-report")
 CLOSABLE = ("first-part-sent", "half-sent", "half-delivered")
+RECOMPRESSED = ("reduced", "half-delivered", "aggregate")  # at these points sums are compressed again
 
 CASES = [
     *((point, "kill") for point in POINTS),
@@ -49,7 +51,6 @@ IN_CI = [("half-sent", "kill"), ("reduced", "stop"), ("half-delivered", "close")
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Swarm]:
-    (tmp_path / "run.toml").write_text(RUN_FILE)
     with swarm("chaos", tmp_path) as made:
         yield made
 
@@ -61,11 +62,15 @@ def start(run: Swarm, name: str, faults: list[dict[str, object]]) -> WorkerProce
 
 def inject(run: Swarm, point: str, kind: str) -> None:
     """One fault of worker d in round 2; then the laws."""
+    run_file = RUN_FILE.format(exact_up_to=1 if point in RECOMPRESSED else 4)
+    (run.base / "run.toml").write_text(run_file)
     honest = [start(run, name, []) for name in ("a", "b", "c")]
     faulty = start(run, "d", [{"point": point, "round": FAULT_ROUND, "kind": kind}])
     last = FAULT_ROUND + 5
     for worker in honest:
         worker.wait_for_round(last)
+    said = f"planned fault: {kind} at {point} of round {FAULT_ROUND}"
+    assert said in faulty.log.read_text(), "the fault did not happen"
     check_one_theta([*honest, faulty])
     check_nothing_is_lost(honest)
     check_time(honest)

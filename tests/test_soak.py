@@ -24,9 +24,10 @@ def sizes(worker: WorkerProcess) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_three_hundred_rounds_lose_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exact_up_to", [4, 1], ids=["exact", "recompressed"])
+def test_three_hundred_rounds_lose_nothing(exact_up_to: int, tmp_path: Path) -> None:
     """300 rounds of four real workers: every round has all four, one theta, no problem; memory and files stay."""
-    (tmp_path / "run.toml").write_text(RUN_FILE)
+    (tmp_path / "run.toml").write_text(RUN_FILE.format(exact_up_to=exact_up_to))
     flags = ("--config", str(tmp_path / "run.toml"), "--eval-every", "0", "--audit", "--rounds", str(ROUNDS))
     with swarm("soak", tmp_path) as run:
         workers = [run.start(name, *flags) for name in ("a", "b", "c", "d")]

@@ -131,12 +131,14 @@ def test_the_others_go_on_when_a_worker_is_killed(tmp_path: Path) -> None:
         assert_one_theta(workers[:2], after)
 
 
-def test_a_dead_network_process_is_replaced(tmp_path: Path) -> None:
-    """When the network process is killed the worker starts another, with the same identity, and goes on."""
+@pytest.mark.parametrize("which", ["dtrain.dht.peer", "p2pd"])
+def test_a_dead_network_process_is_replaced(which: str, tmp_path: Path) -> None:
+    """When the network process or its daemon is killed the worker starts it again, with the same identity, and goes
+    on."""
     with swarm("heal", tmp_path) as run:
         workers = [run.start(name, *SMALL, "--start-workers", "2") for name in ("a", "b")]
         workers[0].wait_for_round(2)
-        network = next(p for p in workers[0].children() if "dtrain.dht.peer" in " ".join(p.cmdline()))
+        network = next(p for p in workers[0].children() if which in " ".join(p.cmdline()))
         network.kill()
         done = workers[0].events("round")[-1]["round"]
         both = workers[0].wait_for(
