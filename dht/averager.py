@@ -172,7 +172,8 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             record = await as_others_have_it(record, str(self.peer_id), self.codec, self.fetch_round)
         elif record.aggregates:
             self._own_span = (0, 0) if len(members) <= self.terms.exact_up_to else runner.settle()
-        self.history.keep(record)
+        if record.aggregates and not record.stale:  # else it was no round, to be handed on to nobody
+            self.history.keep(record)
         return record
 
     async def fetch_round(self, peer_id: str, round: int) -> RoundRecord:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from typing import Any
 
 import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from round_tools import CODEC, ROUND, RUN, make_payload
 
 from dtrain.dht import history
-from dtrain.dht.history import RoundHistory, RoundRecord, parse_round
+from dtrain.dht.history import RoundHistory, RoundRecord, as_others_have_it, parse_round
 from dtrain.dht.streams import MAX_HEADER_BYTES, StreamError, messages
 
 BASE = bytes(range(32))
@@ -162,3 +165,32 @@ def test_garbage_is_a_stream_error_or_well_formed(
     edges = [edge for first, count in found.spans for edge in (first, first + count)]
     assert edges == sorted(edges) and b"".join(found.aggregates) == blob
     assert len(found.spans) == len(found.aggregates) and len(found.base_digest) == 32
+
+
+def test_a_frozen_member_takes_the_others_word() -> None:
+    """It ends up with their aggregates, and keeps what of its own payload is in none of them; from who cannot tell, or
+    tells of another group, it takes nothing. With nobody's word it is behind."""
+    names = ["a", "b", "c"]
+    halves = [(0, CODEC.num_chunks // 2), (CODEC.num_chunks // 2, CODEC.num_chunks // 2)]
+
+    def reduced(half: int, *inside: int) -> bytes:
+        place = {"run": RUN, "round": ROUND, "first_chunk": halves[half][0], "num_chunks": halves[half][1]}
+        sections = [(i, 1.0, CODEC.cut(make_payload(i), *halves[half])) for i in inside]
+        return CODEC.reduce(sections, **place)  # type: ignore[arg-type]
+
+    ours = RoundRecord(ROUND, BASE, names, names, [list(halves[0])], [reduced(0, 0, 1, 2)])
+    theirs = replace(ours, contributors=names[:2], spans=[list(h) for h in halves])
+    theirs = replace(theirs, aggregates=[reduced(0, 0, 1), reduced(1, 0, 1, 2)])
+    words: dict[str, RoundRecord] = {"b": theirs}
+
+    async def fetch(peer_id: str, round: int) -> RoundRecord:
+        return words[peer_id]
+
+    def learn() -> RoundRecord:
+        return asyncio.run(as_others_have_it(ours, "c", CODEC, fetch))
+
+    assert learn() == replace(theirs, undelivered=[list(halves[0])])
+    words = {"b": replace(theirs, members=["b", "c"])}
+    assert learn() == replace(ours, stale=True)
+    words = {}
+    assert learn().stale
