@@ -56,7 +56,8 @@ class Stage:
         swarm = SwarmView([member.view for member in members])
         if self._live is not None:
             news = Text("\n".join(self._news[-NEWS_SHOWN:]), style="dim")
-            self._live.update(Group(table(members), self._swarm_line(swarm), news), refresh=True)
+            line = self._swarm_line(swarm, _ends_in_s(members))
+            self._live.update(Group(table(members), line, news), refresh=True)
             return
         while self._rounds_told < swarm.rounds_done:
             self._rounds_told += 1
@@ -66,8 +67,8 @@ class Stage:
                 self._evaluation_told = number
                 self.tell(f"evaluation loss {loss:.3f} after round {number}")
 
-    def _swarm_line(self, swarm: SwarmView) -> Text:
-        parts = [f"round {swarm.rounds_done}/{self._rounds}"]
+    def _swarm_line(self, swarm: SwarmView, ends_in_s: float) -> Text:
+        parts = [f"round {swarm.rounds_done}/{self._rounds}, next in {ends_in_s:.0f} s"]
         loss, evaluations, ratio = swarm.loss(swarm.rounds_done), swarm.evaluations(), swarm.ratio()
         if loss is not None:
             parts.append(f"loss {loss:.3f}")
@@ -77,6 +78,12 @@ class Stage:
         if ratio:
             parts.append(f"{ratio:.0f}x less sent")
         return Text(", ".join(parts), style="bold")
+
+
+def _ends_in_s(members: Sequence[Member]) -> float:
+    """Predicted time to the end of the round's inner steps, by the last worker to end them."""
+    at_work = [m.view.round_ends_in_s for m in members if m.running and m.view.state == "training"]
+    return max(at_work, default=0.0)
 
 
 def _round_line(swarm: SwarmView, number: int, rounds: int) -> str:

@@ -38,6 +38,7 @@ class WorkerView:
     step: int = 0
     inner_steps: int = 0
     tokens_per_s: float = 0.0
+    round_ends_in_s: float = 0.0
     loss: float | None = None
     tokens: int = 0
     bytes_up: int = 0
@@ -78,6 +79,7 @@ class WorkerView:
             self.joined_from, self.last_round = event["source"], event["round"]
         elif kind == "step":
             self.step, self.inner_steps, self.loss = event["step"], event["inner_steps"], event["loss"]
+            self.round_ends_in_s = event.get("round_ends_in_s", 0.0)
             self.tokens_per_s, self.tokens = event["tokens_per_s"], event["tokens"]
             self.last_round = event["round"]
         elif kind == "round":
