@@ -23,7 +23,7 @@ from hivemind.proto import averaging_pb2
 from hivemind.utils import get_dht_time
 
 from dtrain.compression.codec import Codec
-from dtrain.compression.residual import Piece, Residual
+from dtrain.compression.residual import Residual
 from dtrain.dht.faults import FaultPlan, spoil_hello
 from dtrain.dht.history import RoundHistory, RoundRecord, as_others_have_it, fetch_round
 from dtrain.dht.matchmaking import RoundMatchmaking, Ticket
@@ -183,9 +183,10 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         self.history.keep(past)
         return past
 
-    def release_residual(self, *, all: bool) -> list[Piece]:
-        """What we keep for everybody in places where we reduce no more (or anywhere); from now on the caller does."""
-        return self._residual.release(*((0, 0) if all else self._own_span))
+    def release_residual(self, *, all: bool) -> list[list[Any]]:
+        """See `trainer.exchange`; each piece as a list, its values as bytes."""
+        released = self._residual.release(*((0, 0) if all else self._own_span))
+        return [[first, count, values.numpy().tobytes()] for first, count, values in released]
 
     async def run_alone(self, contribution: Contribution) -> RoundRecord:
         """A round of one: our own payload is the aggregate."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.dht import ipc
+from dtrain.dht.outcome import Outcome, PeerView, outcome_of
 from dtrain.dht.process import RESTART_PAUSE_S, ConnectionLost, ExchangeError, NetworkProcess
 from dtrain.dht.state_files import Provider, State, StateFiles, Watch
 
@@ -35,29 +36,6 @@ class PeerSettings:
     )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """See `dtrain.trainer.exchange.Outcome`."""
-
-    verdict: str
-    round: int
-    base_digest: bytes = b""
-    members: tuple[str, ...] = ()
-    contributors: tuple[str, ...] = ()
-    aggregates: tuple[bytes, ...] = ()
-    undelivered: tuple[tuple[int, int], ...] = ()
-    problem: str = ""
-    wait_s: float = 0.0
-    exchange_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class PeerView:
-    """See `dtrain.trainer.exchange.PeerView`."""
-
-    peer_id: str
-    status: Mapping[str, Any]
-    age_s: float
 
 
 class DhtExchange:
@@ -256,7 +234,7 @@ class DhtExchange:
             try:
                 answer = self.process.command("run_round", timeout_s=self._round_limit_s, **contribution)
                 self._released += answer.pop("released", [])
-                return _outcome(round, answer)
+                return outcome_of(round, answer)
             except ConnectionLost as error:
                 self._closing.wait(RESTART_PAUSE_S)
                 if self._closing.is_set() or not self._open.wait(RESTARTED_S):
@@ -269,7 +247,7 @@ class DhtExchange:
             answer = self.process.command("fetch_round", round=round)
         except ExchangeError:
             return None
-        return None if answer is None else _outcome(round, answer)
+        return None if answer is None else outcome_of(round, answer)
 
     def fetch_state(self, watch: Watch) -> State | None:
         self._state_files.watch = watch
@@ -299,11 +277,3 @@ class DhtExchange:
 def run_prefix(run_id: str, manifest_hash: bytes) -> str:
     """What the run's DHT keys begin with."""
     return f"dtrain-{run_id}-{manifest_hash[:8].hex()}"
-
-
-def _outcome(round: int, answer: Mapping[str, Any]) -> Outcome:
-    fields = {key: value for key, value in answer.items() if key not in ("spans", "undelivered")}
-    for key in ("members", "contributors", "aggregates"):
-        fields[key] = tuple(fields.get(key, ()))
-    undelivered = tuple((first, count) for first, count in answer.get("undelivered", ()))
-    return Outcome(**{"round": round, **fields, "undelivered": undelivered})

@@ -128,10 +128,8 @@ class NetworkPeer:
             relays=args["relays"],
         )
         self._p2p, self._node = self._connection.p2p, self._connection.node
-        daemon_end = asyncio.ensure_future(self._p2p._child.wait())
-        daemon_end.add_done_callback(
-            lambda _: self._writer.close()
-        )  # without it we are deaf: end, be restarted
+        # Without it we are deaf: end, and be restarted.
+        in_background(self._p2p._child.wait()).add_done_callback(lambda _: self._writer.close())
         if self._connection.reach == DIRECT:
             await Witness(self._p2p, self._seen_addresses).open()
             await Probe(self._p2p).open()
@@ -245,16 +243,14 @@ class NetworkPeer:
         """Take part in a round; the reply's "verdict" is one of trainer/exchange.py's."""
         await self._opened.wait()  # after a restart the worker may ask before it has had us open the run
         contribution = Contribution(args["round"], args["base_digest"], args["payload"], args["weight"])
-        reply = await self._rounds.run(contribution)
-        return {**reply, "released": self._release(all=False)}
+        return {
+            **await self._rounds.run(contribution),
+            "released": self._averager.release_residual(all=False),
+        }
 
     async def release_residual(self, args: Args) -> list[list[Any]]:
         """What we keep for everybody as a reducer; from now on the worker does."""
-        return self._release(all=True)
-
-    def _release(self, *, all: bool) -> list[list[Any]]:
-        released = self._averager.release_residual(all=all)
-        return [[first, count, values.numpy().tobytes()] for first, count, values in released]
+        return self._averager.release_residual(all=True)
 
     async def fetch_round(self, args: Args) -> Args | None:
         """A past round from any peer that has it; everything in it checked."""
