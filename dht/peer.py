@@ -315,9 +315,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker decides when we end
     torch.set_num_threads(1)
     logging.basicConfig(level=os.environ.get("DTRAIN_LOG_LEVEL", "WARNING"), format="network: %(message)s")
-    logging.getLogger("asyncio").setLevel(
-        logging.CRITICAL
-    )  # hivemind leaves tasks behind when it stops looking
+    # hivemind leaves tasks behind when it stops looking
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     asyncio.run(_serve(socket.socket(fileno=int(sys.argv[1]))))
     os._exit(0)  # hivemind's helper threads never end
 
