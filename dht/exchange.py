@@ -36,8 +36,6 @@ class PeerSettings:
     )
 
 
-
-
 class DhtExchange:
     """One worker's place in the swarm: `connect`, `open_run`, then the calls of the `Exchange` protocol."""
 
