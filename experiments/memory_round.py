@@ -214,7 +214,10 @@ class GroupReducer:
         sections: Sequence[tuple[int, float, bytes]],
         num_members: int,
     ) -> bytes:
-        recompressed, residual = num_members > self._exact_up_to, self._residuals.setdefault(reducer, Residual(self._codec))
+        recompressed, residual = (
+            num_members > self._exact_up_to,
+            self._residuals.setdefault(reducer, Residual(self._codec)),
+        )
         self._spans[reducer] = span if recompressed else (0, 0)
         if not sections:
             return b""
