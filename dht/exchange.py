@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.dht import ipc
+from dtrain.dht.address_book import AddressBook
 from dtrain.dht.outcome import Outcome, PeerView, outcome_of
 from dtrain.dht.process import RESTART_PAUSE_S, ConnectionLost, ExchangeError, NetworkProcess
 from dtrain.dht.state_files import Provider, State, StateFiles, Watch
@@ -43,6 +44,7 @@ class DhtExchange:
         """Starts the network process; `connect` waits for it."""
         self._settings = settings
         self._swarm: tuple[float, list[PeerView]] = (time.monotonic(), [])
+        self._address_book = AddressBook()  # to find back when whom we joined through is gone
         self._traffic = self._past_traffic = (0, 0)
         self._state_files = StateFiles(settings.identity.parent / "transfer")
         self._status: dict[str, Any] | None = None
@@ -70,7 +72,7 @@ class DhtExchange:
             private_folder=str(self.process.private_folder),
             host=self._settings.host,
             port=self._settings.port,
-            initial_peers=[*self._settings.initial_peers, *self._known_addresses()],
+            initial_peers=[*self._settings.initial_peers, *self._address_book.addresses()],
             reach_before=self.reach,
             passes_on=self._settings.passes_on,
             relays=self._settings.relays,
@@ -154,9 +156,6 @@ class DhtExchange:
         self._open.set()
         self.on_change("back", reason)
 
-    def _known_addresses(self) -> list[str]:
-        return [str(view.status["address"]) for view in self._swarm[1] if view.status.get("address")]
-
     def _beat(self, period_s: float) -> None:
         """Repeat the heartbeat from this process, so that it stops when the worker is frozen or dead."""
         while not self._closing.wait(period_s):
@@ -173,6 +172,8 @@ class DhtExchange:
     def _hear(self, message: ipc.Message) -> None:
         if message["event"] == "swarm":
             self._swarm = (time.monotonic(), [PeerView(*peer) for peer in message["peers"]])
+            for view in self._swarm[1]:
+                self._address_book.hear(view.peer_id, view.status.get("address"))
             up, down = message["traffic"]
             self._traffic = (up, down)
         elif message["event"] == "moved":

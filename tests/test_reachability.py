@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.dht import reachability
+from dtrain.dht.address_book import MAX_REMEMBERED, AddressBook
 from dtrain.dht.addresses import best_first, by_peer, ip_of
 from dtrain.dht.connection import Connection, attach
 from dtrain.dht.identity import Identity, load_or_create
@@ -70,6 +71,19 @@ def test_addresses_are_sorted_out() -> None:
         HOME,
         PUBLIC,
     ] + [""] * 3
+
+
+def test_addresses_of_peers_that_are_gone_are_remembered() -> None:
+    """Who comes back after a while has others to ask than those it first joined through; the book does not grow."""
+    book = AddressBook()
+    for number in range(2 * MAX_REMEMBERED):
+        book.hear(f"peer {number}", f"address {number}")
+        book.hear("mover", f"place {number}")
+        book.hear("client", "")
+        book.hear("liar", number)
+    said = book.addresses()
+    assert len(said) == MAX_REMEMBERED and said[-1] == f"place {2 * MAX_REMEMBERED - 1}"
+    assert sum(address.startswith("place") for address in said) == 1
 
 
 @given(st.binary(max_size=200))
