@@ -49,6 +49,7 @@ class ForkedTraffic(Traffic):
         self._slots = multiprocessing.RawArray(ctypes.c_longlong, 2 * MAX_FORKS)
         self._num_slots = multiprocessing.Value("i", 0)
         self._slot, self._pid = 0, 0
+        super().__init__()
 
     def _own(self) -> int:
         if self._pid != os.getpid():
