@@ -115,7 +115,7 @@ def _add_run(
             "has_results": has_results,
             "public": public,
             "invite": invite,
-            "join": f"dtrain worker --invite {invite}" if invite else "",
+            "join": f"dtrain join {invite}" if invite else "",
         }
 
     @app.get("/api/invite.svg", include_in_schema=False)

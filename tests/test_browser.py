@@ -251,7 +251,7 @@ def test_the_command_is_copied(page: Page) -> None:
     page.click("#copy")
     page.until(lambda: page.text("#copy") == "Copied", "the button says so")
     copied = page.browser.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
-    assert copied == f"dtrain worker --invite {page.stage.invite}"
+    assert copied == f"dtrain join {page.stage.invite}"
 
 
 def test_experiments_are_laid_over_each_other(page: Page) -> None:

@@ -194,7 +194,7 @@ def test_the_api(stage: Stage) -> None:
     assert client.get("/api/curves/passwords").status_code == 422
     newest = client.get("/api/events", params={"limit": 1}).json()[0]
     assert client.get("/api/events", params={"before": newest["id"]}).json()[0]["id"] < newest["id"]
-    assert client.get("/api/info").json()["join"] == f"dtrain worker --invite {stage.invite}"
+    assert client.get("/api/info").json()["join"] == f"dtrain join {stage.invite}"
     assert client.get("/api/invite.svg").headers["content-type"].startswith("image/svg")
     described = client.get("/openapi.json").json()["paths"]
     assert {"/api/run", "/api/stream", "/api/worker/{action}", "/api/results", "/metrics"} <= set(described)
@@ -287,7 +287,7 @@ def test_the_default_port_gives_way_but_a_typed_one_does_not() -> None:
     [
         ([], "--run-id"),
         (["--run-id", "a b"], "run id"),
-        (["--invite", "nonsense"], "--invite"),
+        (["--invite", "nonsense"], "invite"),
         (["--results", "/no/such/folder"], "--results"),
         (["--run-id", "r", "--port", "99999"], "--port"),
         (["--run-id", "r", "--show-addresses"], "--public"),

@@ -323,5 +323,5 @@ def test_a_worker_that_fails_ends_the_demo(temp_folder: Path) -> None:
     output, _ = demo.communicate(timeout=60)
     assert demo.returncode == 1
     assert "dtrain: worker-1 failed with exit code -9" in output
-    assert not processes_of(temp_folder)
-    assert not files_of(temp_folder)
+    eventually(lambda: not processes_of(temp_folder), "a process is left", 5.0)
+    eventually(lambda: not files_of(temp_folder), "a file is left", 5.0)
