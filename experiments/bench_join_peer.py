@@ -10,6 +10,7 @@ from types import TracebackType
 import torch
 
 from dtrain.dht.exchange import DhtExchange, PeerSettings
+from dtrain.trainer.cli_run import open_run
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.model import GPT
@@ -31,23 +32,9 @@ class Newcomer:
         self._exchange = DhtExchange(PeerSettings(identity, "127.0.0.1", initial_peers=through))
         self._exchange.connect()
         signed = SignedManifest.from_json((self._base / "worker-1" / "manifest.json").read_text())
-        manifest, terms = signed.manifest, signed.manifest.exchange
-        local = FlatParameters(GPT(manifest.model))
-        self._exchange.open_run(
-            run_id=manifest.run_id,
-            manifest=signed.to_json().encode(),
-            manifest_hash=manifest.hash,
-            codec=manifest.codec.to_dict(),
-            shapes=local.shapes,
-            pieces=piece_lengths(torch.empty(local.num_params, device="meta")),
-            matchmaking_s=terms.matchmaking_s,
-            round_timeout_s=terms.round_timeout_s,
-            sender_timeout_s=terms.sender_timeout_s,
-            exact_up_to=terms.exact_up_to,
-            max_weight=manifest.max_weight,
-            heartbeat_s=terms.heartbeat_s,
-            heartbeat_ttl_s=terms.heartbeat_ttl_s,
-        )
+        local = FlatParameters(GPT(signed.manifest.model))
+        pieces = piece_lengths(torch.empty(local.num_params, device="meta"))
+        open_run(self._exchange, signed, local.shapes, pieces)
         self._exchange.announce({"round": 0, "digest": "", "work": 0.0, "state": "joining"})
         return self
 

@@ -7,12 +7,14 @@ import ipaddress
 import math
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.trainer.errors import UsageError
 
 if TYPE_CHECKING:
+    from dtrain.compression.layout import Shapes
     from dtrain.dht.exchange import DhtExchange
     from dtrain.dht.invite import Invite
     from dtrain.trainer.manifest import Manifest
@@ -201,3 +203,23 @@ def warm_up_codec(signed: SignedManifest, voice: Voice) -> threading.Thread:
 
     threading.Thread(target=notice, daemon=True).start()
     return thread
+
+
+def open_run(exchange: DhtExchange, signed: SignedManifest, shapes: Shapes, pieces: Sequence[int]) -> None:
+    """Take part in a run on its manifest's terms; `shapes` and `pieces` as `DhtExchange.open_run` has them."""
+    manifest, terms = signed.manifest, signed.manifest.exchange
+    exchange.open_run(
+        run_id=manifest.run_id,
+        manifest=signed.to_json().encode(),
+        manifest_hash=manifest.hash,
+        codec=manifest.codec.to_dict(),
+        shapes=shapes,
+        pieces=pieces,
+        matchmaking_s=terms.matchmaking_s,
+        round_timeout_s=terms.round_timeout_s,
+        sender_timeout_s=terms.sender_timeout_s,
+        exact_up_to=terms.exact_up_to,
+        max_weight=manifest.max_weight,
+        heartbeat_s=terms.heartbeat_s,
+        heartbeat_ttl_s=terms.heartbeat_ttl_s,
+    )

@@ -20,6 +20,7 @@ from dtrain.trainer.cli_run import (
     choose_run_id,
     find_manifest,
     invite_text,
+    open_run,
     parse_invite,
     proposed_manifest,
     stored_manifest,
@@ -184,7 +185,7 @@ class Session:
         )
         worker = self._build(signed, exchange, metrics)
         (self.folder / "manifest.json").write_text(signed.to_json())
-        _open_run(exchange, signed, worker)
+        open_run(exchange, signed, worker.codec.shapes, worker.outer.pieces)
         warming.join()
         if not self._approve(worker, self.voice):
             return None
@@ -252,25 +253,6 @@ class Session:
             self.voice.say(f"The network is lost: {reason}. Connecting anew.")
         else:
             self.voice.say(f"The network is back. {REACH_LINES[exchange.reach]}")
-
-
-def _open_run(exchange: DhtExchange, signed: SignedManifest, worker: Worker) -> None:
-    manifest, terms = signed.manifest, signed.manifest.exchange
-    exchange.open_run(
-        run_id=manifest.run_id,
-        manifest=signed.to_json().encode(),
-        manifest_hash=manifest.hash,
-        codec=manifest.codec.to_dict(),
-        shapes=worker.codec.shapes,
-        pieces=worker.outer.pieces,
-        matchmaking_s=terms.matchmaking_s,
-        round_timeout_s=terms.round_timeout_s,
-        sender_timeout_s=terms.sender_timeout_s,
-        exact_up_to=terms.exact_up_to,
-        max_weight=manifest.max_weight,
-        heartbeat_s=terms.heartbeat_s,
-        heartbeat_ttl_s=terms.heartbeat_ttl_s,
-    )
 
 
 @contextmanager
