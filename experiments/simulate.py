@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.trainer.errors import UsageError
+from dtrain.trainer.wandb_log import add_flag
 
 if TYPE_CHECKING:
     from dtrain.experiments.results import ResultFolder, Row
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=int, default=0, metavar="N", help="runs at a time (default: one per core)"
     )
+    add_flag(parser, "every run that is finished")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,17 +62,20 @@ def _simulate(sweep: Sweep, args: argparse.Namespace, folder: ResultFolder) -> i
 
     from dtrain.experiments.sim_jobs import run_all
     from dtrain.experiments.sim_report import Progress, print_table, summarize
+    from dtrain.experiments.sim_wandb import SweepLog
 
     console = Console(width=None if sys.stdout.isatty() else 110)
     todo = [spec for spec in sweep.runs if folder.row(spec.id) is None]
     failed: dict[str, str] = {}
     seeds = len({spec.seed for spec in sweep.runs})
+    log = SweepLog(args.wandb, sweep, folder)
     jobs = args.jobs or min(len(todo), os.cpu_count() or 1)
 
     def take(event: Row) -> None:
         progress.take(event)
         if "failed" in event:
             failed[event["id"]] = event["failed"]
+        log.take(event)
         if "round" not in event:
             folder.write_summary(summarize(sweep, folder, failed))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from dashboard_tools import Stage
+from sim_tools import write_file
 
 from dtrain.experiments.dashboard_wandb import SwarmLog
 from dtrain.trainer.cli import main
@@ -79,6 +80,21 @@ def test_the_swarm_is_one_run(library: FakeWandb, tmp_path: Path) -> None:
     told = repr((library.rows, library.started[0]["config"]))
     assert "ada" not in told and stage.invite not in told and "/ip4/" not in told
     stage.history.close()
+
+
+def test_each_simulated_run_is_one_run(library: FakeWandb, tmp_path: Path) -> None:
+    """A sweep gives a wandb run for each of its runs, with its rounds and its settings; one that is there already is
+    not logged again."""
+    path = write_file(tmp_path, "[grid]\n'codec.k' = [64, 128]\n")
+    command = ["simulate", str(path), "--out", str(tmp_path / "out"), "--jobs", "1", "--wandb", "offline"]
+    assert main(command) == 0
+    assert [start["config"]["codec"]["k"] for start in library.started] == [64, 128]
+    assert {start["group"] for start in library.started} == {"tiny"} and library.finished == 2
+    assert [row["round"] for row in library.rows] == 2 * [0, 1, 2, 3, 4]
+    assert all("eval_loss" in library.rows[at] for at in (0, 4, 5, 9))
+    assert str(tmp_path) not in repr((library.rows, library.started))
+    assert main(command) == 0
+    assert len(library.started) == 2
 
 
 def test_wandb_learns_nothing_of_the_machine(library: FakeWandb, tmp_path: Path) -> None:
