@@ -24,9 +24,9 @@ DEADLINE_S = 90.0
 STATUS = {"round": 3, "digest": "ab" * 32, "work": 9000.0, "state": "training", "name": "ada", "tokens": 9000}
 
 
-def worker_of(signed: SignedManifest, folder: Path) -> DhtExchange:
+def worker_of(signed: SignedManifest, folder: Path, peers: tuple[str, ...] = ()) -> DhtExchange:
     """A worker's place in the network, without the worker."""
-    exchange = DhtExchange(PeerSettings(folder / "identity.key", "127.0.0.1"))
+    exchange = DhtExchange(PeerSettings(folder / "identity.key", "127.0.0.1", 0, peers))
     exchange.connect()
     terms = signed.manifest.exchange
     exchange.open_run(
