@@ -81,7 +81,7 @@ browser-test: setup $(AXE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser-test]'
 	DTRAIN_AXE=$(CURDIR)/$(AXE) $(BIN)/pytest tests/test_browser.py -m browser $(TEST_ARGS)
 
-# 1,000 viewers for a minute, 100 that never read, a million stored points: about 4 minutes.
+# 1,000 viewers for a minute, 100 that never read, a million stored points, round times with them: about 7 minutes.
 dashboard-load: setup
 	$(BIN)/dtrain bench dashboard
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 from dashboard_tools import Stage, served
+from sim_tools import write_file
 from test_dashboard_app import FakeMachine, result_folder
 
 from dtrain.experiments.dashboard_guard import Access
 from dtrain.experiments.dashboard_stream import Hub
+from dtrain.trainer.cli import main
 
 webdriver = pytest.importorskip("selenium.webdriver")
 
@@ -273,6 +275,31 @@ def test_experiments_are_laid_over_each_other(page: Page) -> None:
     assert page.browser.find_element("id", "check-logx").is_selected()
     assert page.browser.find_element("id", "find").get_attribute("value") == "run-2"
     assert page.complaints() == []
+
+
+def test_a_sweep_of_the_simulator_is_compared(page: Page, tmp_path: Path) -> None:
+    """What `dtrain simulate` has written is overlaid, labelled, grouped by what is varied, and exported."""
+    file = write_file(tmp_path, "[grid]\n'codec.k' = [64, 256]\n[network]\nprofile = 'dsl'\n")
+    command = ["simulate", str(file), "--seeds", "2", "--out", str(tmp_path / "results" / "tiny")]
+    assert main([*command, "--jobs", "1"]) == 0
+    page.browser.get(f"{page.address}/#experiments?find=tiny&runs=")
+    page.until(lambda: page.text("#runs").count("k=64") == page.text("#runs").count("k=256") == 2, "the runs")
+    page.browser.find_element("xpath", "//button[text()='Show all']").click()
+    drawn = "return document.getElementById('overlay')?.dataset.runs"
+    page.until(lambda: page.run(drawn) == "4", "two settings, two seeds")
+    page.until(lambda: len(set(page.run(SWATCHES))) == 4, "a colour for each")
+    page.click("#choose-group option[value='codec.k']")
+    page.until(lambda: len(set(page.run(SWATCHES))) == 2, "a colour for each k")
+    assert page.run(DRAWN_PIXELS) > 100
+    assert page.complaints() == []
+
+
+SWATCHES = "return [...document.querySelectorAll('#runs .swatch')].map((one) => one.style.borderColor)"
+DRAWN_PIXELS = """
+const canvas = document.querySelector('#overlay canvas');
+const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+return data.filter((value, at) => at % 4 === 3 && value > 0).length;
+"""
 
 
 HOSTILE = [
