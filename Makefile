@@ -13,7 +13,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_JOBS ?= 2
 
-.PHONY: browser-test dashboard-load setup demo test check chaos fuzz soak join-test nat-test proto evidence clean
+.PHONY: pictures browser-test dashboard-load setup demo test check chaos fuzz soak join-test nat-test proto evidence clean
 
 setup: $(STAMP)
 
@@ -80,6 +80,12 @@ browser-test: setup $(AXE)
 	@command -v chromium && command -v chromedriver || { apt-get update && apt-get install -y chromium chromium-driver; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser-test]'
 	DTRAIN_AXE=$(CURDIR)/$(AXE) $(BIN)/pytest tests/test_browser.py -m browser $(TEST_ARGS)
+
+# The README's pictures of the dashboard, of a live run: about 4 minutes.
+pictures: setup
+	@command -v chromium && command -v chromedriver || { apt-get update && apt-get install -y chromium chromium-driver; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser-test]'
+	$(BIN)/python scripts/pictures.py
 
 # 1,000 viewers for a minute, 100 that never read, a million stored points, round times with them: about 7 minutes.
 dashboard-load: setup

@@ -45,11 +45,11 @@ export class Chart {
       },
       axes: [axis({ label: isTime ? undefined : xLabel, labelSize: 18, size: 28, values: isTime ? times : short, space: 70 }),
         axis({ size: 48, values: short })],
-      series: [{ label: xLabel, value: (_, v) => (v === null ? "" : isTime ? new Date(v * 1000).toLocaleString() : short(null, [v])[0]) },
+      series: [{ label: xLabel, value: (plot, v) => told(v ?? newest(plot.data[0]), (x) => (isTime ? new Date(x * 1000).toLocaleString() : short(null, [x])[0])) },
         ...series.map((one) => ({
           label: one.label, stroke: paint(one.colour), width: one.width ?? 2, dash: one.dash, spanGaps: true,
           points: { show: one.points ?? false, size: 6, fill: paint(one.colour) },
-          value: (_, v) => (v === null || v === undefined ? "" : one.value ? one.value(v) : v.toPrecision(4)),
+          value: (plot, v, index, at) => told(at === null ? newest(plot.data[index]) : v, one.value ?? ((y) => y.toPrecision(4))),
         }))],
       hooks: onZoom ? { setSelect: [(plot) => {
         if (plot.select.width > 4) onZoom(plot.posToVal(plot.select.left, "x"), plot.posToVal(plot.select.left + plot.select.width, "x"));
@@ -76,6 +76,10 @@ export class Chart {
     this.plot = null;
   }
 }
+
+// Without a pointer the legend tells the newest values.
+const newest = (values) => values.findLast((value) => value !== null && value !== undefined);
+const told = (value, text) => (value === null || value === undefined ? "" : text(value));
 
 // Times of day, with the date where a day begins or lines are days apart.
 function times(_, splits) {
