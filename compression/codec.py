@@ -72,11 +72,10 @@ class Codec:
         """
         check_flat("error feedback", feedback, self.feedback_numel)
         _check_place(run, round)
-        check_sources(self.layout, tensors)
+        kernel = self._kernel_for(feedback)
+        check_sources(self.layout, tensors, kernel)
         sparse, dense = feedback[: self._num_sparse_elements], feedback[self._num_sparse_elements :]
-        lengths, groups = self._kernel_for(feedback).encode(
-            self.payload_format, tensors, sparse, decay, self.spec.transform
-        )
+        lengths, groups = kernel.encode(self.payload_format, tensors, sparse, decay, self.spec.transform)
         self._dense.fold(tensors, dense, decay)
         sent = self._dense.send(dense, self.layout.num_sparse, self.num_chunks)
         body = self.payload_format.join(lengths, groups, sent)

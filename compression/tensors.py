@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from dtrain.compression.errors import CompressionError
+from dtrain.compression.kernels.base import Kernel
 from dtrain.compression.layout import Layout
 
 LINE_BYTES = 64
@@ -23,19 +23,14 @@ def check_shapes(layout: Layout, tensors: Sequence[torch.Tensor]) -> None:
             raise CompressionError(f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
-def check_sources(layout: Layout, tensors: Sequence[torch.Tensor]) -> None:
+def check_sources(layout: Layout, tensors: Sequence[torch.Tensor], kernel: Kernel) -> None:
     """Raises CompressionError that names the first tensor with a wrong shape, no floats, NaN or infinity."""
     check_shapes(layout, tensors)
     for (name, _), tensor in zip(layout.shapes, tensors, strict=True):
         if not tensor.is_floating_point():
             raise CompressionError(f"tensor {name!r} is {tensor.dtype}, expected a float type")
-    if not tensors:
-        return
-    # All sums at once: on a GPU, looking at each would wait for it. A sum is finite only if every term is; it may
-    # overflow without a culprit, so look again before refusing.
-    sums = torch.stack([tensor.detach().sum(dtype=torch.float32) for tensor in tensors]).tolist()
-    for (name, _), tensor, total in zip(layout.shapes, tensors, sums, strict=True):
-        if not math.isfinite(total) and not bool(tensor.isfinite().all()):
+    for (name, _), good in zip(layout.shapes, kernel.finite(tensors), strict=True):
+        if not good:
             raise CompressionError(f"tensor {name!r} holds NaN or infinity; nothing was encoded")
 
 

@@ -25,7 +25,7 @@ from dtrain.compression.kernels import pick
 from dtrain.compression.kernels.base import Kernel
 from dtrain.compression.kernels.reference import ReferenceKernel
 from dtrain.compression.spec import TRANSFORMS, VALUE_BITS, CodecSpec
-from dtrain.experiments import bench_codec_data, bench_codec_measure, bench_codec_memory
+from dtrain.experiments import bench_codec_data, bench_codec_machine, bench_codec_measure, bench_codec_memory
 from dtrain.trainer.errors import UsageError
 
 Deltas = list[list[torch.Tensor]]
@@ -112,6 +112,9 @@ def run(args: argparse.Namespace) -> int:
     finally:
         torch.set_num_threads(threads_before)
     console.print(_table(rows))
+    gains = {threads: bench_codec_machine.gains(threads) for threads in args.threads if threads > 1}
+    for line in _gains(rows, gains):
+        console.print(line)
     memory = bench_codec_memory.peak_ratio(
         CodecSpec(k=args.k[0], value_bits=args.value_bits), *data["uniform"]
     )
@@ -121,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
         report = {
             "machine": machine,
             "peak_memory_ratio": memory,
+            "thread_gains_of_the_machine": gains,
             "rows": [dataclasses.asdict(row) for row in rows],
         }
         args.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -195,6 +199,28 @@ def _table(rows: Sequence[Row]) -> Table:
             f"{row.entropy_bits_per_coefficient:.2f}",
         )
     return table
+
+
+def _gains(rows: Sequence[Row], machine: dict[int, dict[str, float]]) -> list[str]:
+    """What more threads gained over the first number of them, beside what this machine's cores could give."""
+    fast = [row for row in rows if row.kernel == rows[0].kernel]
+    first = {(row.data, row.transform, row.k): row for row in reversed(fast)}
+    lines = []
+    for row in fast:
+        one = first[row.data, row.transform, row.k]
+        if row.threads > one.threads:
+            encode = one.encode_ns_per_param / row.encode_ns_per_param
+            decode = one.decode8_ns_per_param / row.decode8_ns_per_param
+            lines.append(
+                f"{row.data}, {row.transform}, k = {row.k}: {row.threads} threads encode {encode:.2f}×, "
+                f"decode {decode:.2f}× as fast as {one.threads}."
+            )
+    for threads, gain in machine.items():
+        lines.append(
+            f"This machine's own gain with {threads} threads: {gain['arithmetic']:.2f}× for vector arithmetic in "
+            f"the cache, {gain['memory']:.2f}× for passes over memory."
+        )
+    return lines
 
 
 def _machine() -> str:

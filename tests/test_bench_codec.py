@@ -41,6 +41,19 @@ def test_every_kernel_is_measured_on_random_and_on_real_deltas(
     assert "decode 8" in capsys.readouterr().out
 
 
+def test_what_threads_gain_is_shown_beside_what_the_machine_could_give(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With several numbers of threads, the gain of each and the gain of a plain loop on the same cores."""
+    path = tmp_path / "figures.json"
+    flags = ["--transform", "none", "--rounds", "0", "--threads", "1,2", "--json", str(path)]
+    assert main([*FEW, *flags]) == 0
+    gains = json.loads(path.read_text())["thread_gains_of_the_machine"]["2"]
+    assert 0 < gains["arithmetic"] < 4 and 0 < gains["memory"] < 4
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "2 threads encode" in printed and "This machine's own gain with 2 threads" in printed
+
+
 def test_real_deltas_come_from_a_training() -> None:
     """Two rounds of the tiny model: every parameter has a delta, and the loss falls."""
     shapes, deltas, losses = bench_codec_data.real(2, CodecSpec(k=64), batch_size=1)

@@ -100,6 +100,29 @@ def test_threads_and_tiles_change_nothing(
         assert all(torch.equal(a, b) for a, b in zip(other[1:], found[0][1:], strict=True))
 
 
+@pytest.mark.parametrize("kernel", [cpu.CpuKernel(), ReferenceKernel()], ids=lambda kernel: kernel.name)
+def test_no_value_that_is_not_finite_is_overlooked(
+    kernel: cpu.CpuKernel | ReferenceKernel, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN or infinity at any place of any tensor is found, in one thread or in three, and no tensor but its own is
+    named.
+    """
+    monkeypatch.setattr(cpu, "PART_ELEMENTS", 256)
+    sizes = [1000, 0, 1, 255, 256, 257, 64]
+    tensors = [torch.full((size,), 3e38) for size in sizes]
+    tensors += [torch.full((300,), 1e38, dtype=torch.bfloat16), torch.full((10, 20), 1e38).mT]
+    for num_threads in (1, 3):
+        torch.set_num_threads(num_threads)
+        assert kernel.finite(tensors) == [True] * len(tensors)
+        for index, tensor in enumerate(tensors):
+            for at in {*range(0, tensor.numel(), 61), tensor.numel() - 1} & {*range(tensor.numel())}:
+                for bad in (float("nan"), float("-inf")):
+                    spoiled = tensor.clone()
+                    spoiled[np.unravel_index(at, tensor.shape)] = bad
+                    found = kernel.finite([*tensors[:index], spoiled, *tensors[index + 1 :]])
+                    assert found == [i != index for i in range(len(tensors))]
+
+
 @given(
     values=st.lists(st.integers(-9, 9), min_size=1, max_size=300),
     share=st.floats(0, 1),

@@ -11,6 +11,7 @@ import torch
 
 from dtrain.compression.section import Section, SectionFormat
 
+Buffer = bytes | memoryview
 Ints = npt.NDArray[np.int64]
 
 
@@ -24,6 +25,9 @@ class Kernel(Protocol):
     def name(self) -> str:
         """As `dtrain bench codec` shows it."""
 
+    def finite(self, tensors: Sequence[torch.Tensor]) -> list[bool]:
+        """For each tensor of any float type whether it holds neither NaN nor infinity."""
+
     def encode(
         self,
         fmt: SectionFormat,
@@ -31,12 +35,12 @@ class Kernel(Protocol):
         feedback: torch.Tensor,
         decay: float,
         transform: str,
-    ) -> tuple[Ints, list[bytes]]:
+    ) -> tuple[Ints, Sequence[Buffer]]:
         """feedback <- decay * feedback + transform(tensors), then `compress` of the whole layout."""
 
     def compress(
         self, fmt: SectionFormat, values: torch.Tensor, first_group: int, end_group: int
-    ) -> tuple[Ints, list[bytes]]:
+    ) -> tuple[Ints, Sequence[Buffer]]:
         """Write each chunk's largest values and subtract from `values` what a reader will make of them.
 
         Returns (length of each group in bytes, the groups' bytes in order, in any pieces).

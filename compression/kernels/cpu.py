@@ -8,29 +8,33 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from dtrain.compression.errors import PayloadError
+from dtrain.compression.kernels.base import Buffer
 from dtrain.compression.kernels.cpu_decode import build_check_and_add, build_decode
 from dtrain.compression.kernels.cpu_encode import build_write
 from dtrain.compression.kernels.cpu_read import REASONS
 from dtrain.compression.kernels.cpu_select import num_lanes
-from dtrain.compression.kernels.cpu_sources import addresses_of, source_addresses
+from dtrain.compression.kernels.cpu_sources import addresses_of, build_look, is_plain, source_addresses
 from dtrain.compression.kernels.cpu_write import PAD
+from dtrain.compression.kernels.finite import finite
 from dtrain.compression.layout import Layout
 from dtrain.compression.section import Section, SectionFormat
 
 Ints = npt.NDArray[np.int64]
 Result = TypeVar("Result")
 
-PART_ELEMENTS = 1 << 20  # elements that one task covers at most, and that a tile of converted sources holds
+PART_ELEMENTS = 1 << 18  # elements of a part, which a thread takes at a time
+TILE_ELEMENTS = 1 << 20  # elements of sources in another format that are converted at a time
 _NO_SOURCE = np.zeros(0, np.int64)
 
 
@@ -52,7 +56,7 @@ class Plan(NamedTuple):
 class Loops(NamedTuple):
     """The compiled loops of cpu_encode.py and cpu_decode.py."""
 
-    write: Callable[..., int]
+    write: Callable[..., None]
     check: Callable[..., int]
     add: Callable[..., int]
     decode: Callable[..., int]
@@ -61,24 +65,45 @@ class Loops(NamedTuple):
 @functools.cache
 def loops(transform: str) -> Loops:
     """The loops for a transform. Each compiles when first called, or comes from numba's cache on disk."""
-    folder = Path(__file__).parent
-    constants = [folder.parent / f"{name}.py" for name in ("bits", "dct", "layout", "levels")]
-    paths = sorted([*folder.glob("cpu_*.py"), *constants])
-    sources = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-    check, add = _check_and_add(sources)
+    check, add, _ = _plain_loops()
     use_dct = transform == "dct"
-    return Loops(build_write(sources, use_dct), check, add, build_decode(sources, use_dct))
+    return Loops(build_write(_sources(), use_dct), check, add, build_decode(_sources(), use_dct))
 
 
 @functools.cache
-def _check_and_add(sources: str) -> tuple[Callable[..., int], Callable[..., int]]:
-    return build_check_and_add(sources)
+def _plain_loops() -> tuple[Callable[..., int], Callable[..., int], Callable[..., None]]:
+    """The loops that no transform concerns: check, add, look."""
+    return *build_check_and_add(_sources()), build_look(_sources())
+
+
+@functools.cache
+def _sources() -> str:
+    folder = Path(__file__).parent
+    constants = [folder.parent / f"{name}.py" for name in ("bits", "dct", "layout", "levels")]
+    paths = sorted([*folder.glob("cpu_*.py"), *constants])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 class CpuKernel:
     """Numba, on the CPU."""
 
     name = "numba"
+
+    def finite(self, tensors: Sequence[torch.Tensor]) -> list[bool]:
+        """As `Kernel.finite`. torch's own sum is slow here: its threads spin where two cores must share the memory."""
+        good = [True] * len(tensors)
+        plain = [index for index, tensor in enumerate(tensors) if is_plain(tensor)]
+        sizes = np.asarray([tensors[index].numel() for index in plain], np.int64)
+        addresses = np.asarray([tensors[index].data_ptr() for index in plain], np.int64)
+        bad, counter = np.zeros(len(plain), np.uint8), np.zeros(1, np.int64)
+        num_parts = int((-(-sizes // PART_ELEMENTS)).sum())
+        _in_threads(num_parts, lambda: _plain_loops()[2](addresses, sizes, PART_ELEMENTS, counter, bad))
+        for place, index in enumerate(plain):
+            good[index] = not bad[place]
+        others = sorted(set(range(len(tensors))) - set(plain))
+        for index, fine in zip(others, finite([tensors[index] for index in others]), strict=True):
+            good[index] = fine
+        return good
 
     def encode(
         self,
@@ -87,54 +112,39 @@ class CpuKernel:
         feedback: torch.Tensor,
         decay: float,
         transform: str,
-    ) -> tuple[Ints, list[bytes]]:
+    ) -> tuple[Ints, Sequence[Buffer]]:
         """As `Kernel.encode`."""
         layout = fmt.layout
         lengths = np.zeros(layout.num_groups, np.int64)
-
-        def write(first: int, end: int) -> bytes:
+        tile = layout.num_groups if all(map(is_plain, tensors)) else _groups_in(layout, TILE_ELEMENTS)
+        written: list[Buffer] = []
+        for first in range(0, layout.num_groups, max(1, tile)):
+            end = min(first + tile, layout.num_groups)
             chunks = int(layout.group_edges[first]), int(layout.group_edges[end])
             addresses, copies = source_addresses(layout, tensors, *chunks)
-            data = _write(fmt, feedback, first, end, 0, lengths, addresses, decay, transform)
+            written += _write(fmt, feedback, first, end, 0, lengths, addresses, decay, transform)
             del copies  # only now: the addresses point into them
-            return data
-
-        return lengths, _run(layout, 0, layout.num_groups, write)
+        return lengths, written
 
     def compress(
         self, fmt: SectionFormat, values: torch.Tensor, first_group: int, end_group: int
-    ) -> tuple[Ints, list[bytes]]:
+    ) -> tuple[Ints, Sequence[Buffer]]:
         """As `Kernel.compress`."""
         lengths = np.zeros(fmt.layout.num_groups, np.int64)
         base = int(fmt.layout.offset[fmt.layout.group_edges[first_group]])
-
-        def write(first: int, end: int) -> bytes:
-            return _write(fmt, values, first, end, base, lengths, _NO_SOURCE, 1.0, "none")
-
-        parts = _run(fmt.layout, first_group, end_group, write)
+        parts = _write(fmt, values, first_group, end_group, base, lengths, _NO_SOURCE, 1.0, "none")
         return lengths[first_group:end_group], parts
 
     def check(self, fmt: SectionFormat, section: Section) -> None:
         """As `Kernel.check`."""
         data = section.data.ctypes.data, len(section.data), section.bounds, section.first_group
-
-        def check(first: int, end: int) -> None:
-            bad = np.zeros(1, np.int64)
-            _refuse(loops("none").check(_plan(fmt), first, end, *data, bad), bad)
-
-        _run(fmt.layout, section.first_group, section.end_group, check)
+        _read(loops("none").check, fmt, section, *data)
 
     def add(self, fmt: SectionFormat, section: Section, weight: float, out: torch.Tensor) -> None:
         """As `Kernel.add`."""
         data = section.data.ctypes.data, len(section.data), section.bounds, section.first_group
         base = int(fmt.layout.offset[fmt.layout.group_edges[section.first_group]])
-        target = np.float32(weight), out.numpy(), base
-
-        def add(first: int, end: int) -> None:
-            bad = np.zeros(1, np.int64)
-            _refuse(loops("none").add(_plan(fmt), first, end, *data, *target, bad), bad)
-
-        _run(fmt.layout, section.first_group, section.end_group, add)
+        _read(loops("none").add, fmt, section, *data, np.float32(weight), out.numpy(), base)
 
     def decode(
         self,
@@ -150,13 +160,8 @@ class CpuKernel:
         bounds = np.stack([section.bounds for _, section in sections])
         weights = np.asarray([weight for weight, _ in sections], np.float32)
         addresses = addresses_of(layout, outputs, 0, layout.num_sparse)
-        source = data, sizes, bounds, whole.first_group, weights
-
-        def decode(first: int, end: int) -> None:
-            bad = np.zeros(1, np.int64)
-            _refuse(loops(transform).decode(_plan(fmt), first, end, *source, addresses, bad), bad)
-
-        _run(layout, whole.first_group, whole.end_group, decode)
+        source = data, sizes, bounds, whole.first_group, weights, addresses
+        _read(loops(transform).decode, fmt, whole, *source)
 
 
 def _plan(fmt: SectionFormat) -> Plan:
@@ -168,32 +173,52 @@ def _plan(fmt: SectionFormat) -> Plan:
 def _write(
     fmt: SectionFormat, values: torch.Tensor, first: int, end: int, base: int, lengths: Ints, addresses: Ints,
     decay: float, transform: str,
-) -> bytes:  # fmt: skip
-    out = np.empty(int(fmt.group_bounds[first:end].sum()) + 2 * PAD, np.uint8)
-    target = values.numpy(), base, np.float32(decay), num_lanes(fmt.k), out, lengths
-    used = loops(transform).write(_plan(fmt), first, end, addresses, *target)
-    return out[:used].tobytes()
+) -> list[Buffer]:  # fmt: skip
+    parts = _parts(fmt.layout, first, end)
+    room = np.add.reduceat(fmt.group_bounds, parts[:-1]) + 2 * PAD if first < end else _NO_SOURCE
+    starts = np.cumsum(room) - room
+    out = np.empty(int(room.sum()), np.uint8)
+    source = addresses, values.numpy(), base, np.float32(decay), num_lanes(fmt.k)
+    counter, plan = np.zeros(1, np.int64), _plan(fmt)
+    _in_threads(
+        len(starts), lambda: loops(transform).write(plan, parts, counter, *source, out, starts, lengths)
+    )
+    used = [int(lengths[a:b].sum()) for a, b in itertools.pairwise(parts)]
+    return [out.data[start : start + size] for start, size in zip(starts, used, strict=True)]
 
 
-def _parts(layout: Layout, first_group: int, end_group: int) -> Iterator[tuple[int, int]]:
-    """Divide groups into parts of about PART_ELEMENTS, in order."""
-    step = max(1, PART_ELEMENTS // (layout.group * layout.chunk))
-    for first in range(first_group, end_group, step):
-        yield first, min(first + step, end_group)
+def _read(loop: Callable[..., int], fmt: SectionFormat, section: Section, *arguments: Any) -> None:
+    """Call a loop that reads on all groups of a section. Raises PayloadError that names the first bad group."""
+    parts, counter = _parts(fmt.layout, section.first_group, section.end_group), np.zeros(1, np.int64)
+    plan = _plan(fmt)
+
+    def read() -> tuple[int, int]:
+        bad = np.zeros(1, np.int64)
+        found = loop(plan, parts, counter, *arguments, bad)
+        return int(bad[0]), found
+
+    refused = sorted(group for group in _in_threads(len(parts) - 1, read) if group[1])
+    if refused:
+        number, reason = refused[0]
+        raise PayloadError(REASONS[reason], f"group {number} breaks the format")
 
 
-def _run(
-    layout: Layout, first_group: int, end_group: int, work: Callable[[int, int], Result]
-) -> list[Result]:
-    """Do the work part by part, in threads when torch has several; results in order."""
-    parts = list(_parts(layout, first_group, end_group))
-    threads = min(torch.get_num_threads(), len(parts))
-    if threads <= 1:
-        return [work(first, end) for first, end in parts]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(lambda part: work(*part), parts))
+def _groups_in(layout: Layout, elements: int) -> int:
+    return max(1, elements // (layout.group * layout.chunk))
 
 
-def _refuse(found: int, bad: Ints) -> None:
-    if found:
-        raise PayloadError(REASONS[found], f"group {int(bad[0])} breaks the format")
+def _parts(layout: Layout, first_group: int, end_group: int) -> Ints:
+    """Edges [parts + 1] of parts of about PART_ELEMENTS, in groups."""
+    return np.asarray(
+        [*range(first_group, end_group, _groups_in(layout, PART_ELEMENTS)), end_group], np.int64
+    )
+
+
+def _in_threads(num_parts: int, work: Callable[[], Result]) -> list[Result]:
+    """Call `work`, which takes parts until there are none, here and in more threads if torch has several."""
+    helpers = min(torch.get_num_threads(), num_parts) - 1
+    if helpers < 1:
+        return [work()]
+    with ThreadPoolExecutor(helpers) as pool:
+        others = [pool.submit(work) for _ in range(helpers)]
+        return [work(), *(other.result() for other in others)]

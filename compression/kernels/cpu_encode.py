@@ -14,7 +14,7 @@ import numpy as np
 
 from dtrain.compression.kernels import cpu_dct
 from dtrain.compression.kernels.cpu_select import fold, scan, select
-from dtrain.compression.kernels.cpu_tools import carray, float_pointer, jit, jit_on_disk
+from dtrain.compression.kernels.cpu_tools import carray, claim, float_pointer, jit, jit_on_disk
 from dtrain.compression.kernels.cpu_write import (
     PAD,
     group_exponent,
@@ -79,26 +79,28 @@ def _write_group(
     return write_gaps(out, at, gaps, total, r)
 
 
-def build_write(sources: str, use_dct: bool) -> Callable[..., int]:
+def build_write(sources: str, use_dct: bool) -> Callable[..., None]:
     """Compile the loop; `sources` stands for the text of everything it is made of."""
 
     @jit_on_disk
     def write(
-        plan: Any, first_group: int, end_group: int, addresses: Any, values: Any,
-        base: int, decay: Any, num_lanes: int, out: Any, lengths: Any,
-    ) -> int:  # fmt: skip
-        """Fold (unless `addresses` is empty), select and write groups one after another into `out`.
+        plan: Any, parts: Any, counter: Any, addresses: Any, values: Any,
+        base: int, decay: Any, num_lanes: int, out: Any, starts: Any, lengths: Any,
+    ) -> None:  # fmt: skip
+        """Fold (unless `addresses` is empty), select and write the groups of every part that `counter` still has.
 
-        addresses [chunks of these groups]: where each chunk's fp32 elements begin in memory; values: the
-        feedback from element `base` on; lengths: by group number, filled here. Returns the bytes written.
+        parts [parts + 1]: edges in groups; starts [parts]: where each begins in `out`; addresses [chunks of all
+        parts]: where each chunk's fp32 elements begin in memory; values: the feedback from element `base` on;
+        lengths: by group number, filled here.
         """
         _ = sources
-        source_chunk = plan.group_edges[first_group]
+        first_group, end_group = parts[0], parts[-1]
+        source_chunk, end_chunk = plan.group_edges[first_group], plan.group_edges[end_group]
         largest, longest, most = 0, 0, 0
         for g in range(first_group, end_group):
             largest = max(largest, plan.group_kept[g])
             most = max(most, plan.group_edges[g + 1] - plan.group_edges[g])
-        for c in range(source_chunk, plan.group_edges[end_group]):
+        for c in range(source_chunk, end_chunk):
             longest = max(longest, plan.size[c])
         lane_max = np.empty(num_lanes, np.int32)
         keys, places = np.empty(longest + 2, np.int32), np.empty(longest + 2, np.int32)
@@ -110,38 +112,42 @@ def build_write(sources: str, use_dct: bool) -> Callable[..., int]:
             np.empty((most, 2), np.float64),
         )
         block, coefficients = np.empty((64, 64), np.float32), np.empty((64, 64), np.float32)
-        at, guess = np.int64(0), np.int32(0)
-        for g in range(first_group, end_group):
-            a, b = plan.group_edges[g], plan.group_edges[g + 1]
-            done = np.int64(0)
-            for c in range(a, b):
-                chunk, stride = values[plan.offset[c] - base : plan.offset[c + 1] - base], plan.stride[c]
-                if len(addresses) == 0:
-                    scan(chunk, lane_max)
-                else:
-                    length = len(chunk) if stride == 64 else 63 * stride + 64
-                    source = carray(float_pointer(addresses[c - source_chunk]), (length,))
-                    following, apart = np.int64(0), np.int64(0)
-                    if c + 1 < plan.group_edges[end_group] and plan.stride[c + 1] != 64:
-                        following, apart = addresses[c + 1 - source_chunk], plan.stride[c + 1]
-                    if use_dct and len(chunk) == 4096:
-                        cpu_dct.load(source, stride, block, following, apart)
-                        cpu_dct.forward(block, coefficients)
-                        fold(chunk, coefficients.ravel(), 64, decay, lane_max, 0, 0)
+        guess = np.int32(0)
+        while True:
+            part = claim(counter)
+            if part >= len(starts):
+                return
+            at = starts[part]
+            for g in range(parts[part], parts[part + 1]):
+                a, b = plan.group_edges[g], plan.group_edges[g + 1]
+                done = np.int64(0)
+                for c in range(a, b):
+                    chunk, stride = values[plan.offset[c] - base : plan.offset[c + 1] - base], plan.stride[c]
+                    if len(addresses) == 0:
+                        scan(chunk, lane_max)
                     else:
-                        fold(chunk, source, stride, decay, lane_max, following, apart)
-                k = plan.kept[c]
-                mine = positions[done : done + k + 1]
-                guess = select(chunk, k, lane_max, guess, keys, places, mine)
-                for i in range(k):
-                    picked[done + i] = chunk[mine[i]]
-                done += k
-            before = at
-            at = _write_group(
-                values[plan.offset[a] - base : plan.offset[b] - base], plan.offset[a : b + 1], plan.kept[a:b],
-                picked, positions, gaps, codes, sent, bits, stats, plan.value_bits, out, at,
-            )  # fmt: skip
-            lengths[g] = at - before
-        return at  # type: ignore[no-any-return]
+                        length = len(chunk) if stride == 64 else 63 * stride + 64
+                        source = carray(float_pointer(addresses[c - source_chunk]), (length,))
+                        following, apart = np.int64(0), np.int64(0)
+                        if c + 1 < end_chunk and plan.stride[c + 1] != 64:
+                            following, apart = addresses[c + 1 - source_chunk], plan.stride[c + 1]
+                        if use_dct and len(chunk) == 4096:
+                            cpu_dct.load(source, stride, block, following, apart)
+                            cpu_dct.forward(block, coefficients)
+                            fold(chunk, coefficients.ravel(), 64, decay, lane_max, 0, 0)
+                        else:
+                            fold(chunk, source, stride, decay, lane_max, following, apart)
+                    k = plan.kept[c]
+                    mine = positions[done : done + k + 1]
+                    guess = select(chunk, k, lane_max, guess, keys, places, mine)
+                    for i in range(k):
+                        picked[done + i] = chunk[mine[i]]
+                    done += k
+                before = at
+                at = _write_group(
+                    values[plan.offset[a] - base : plan.offset[b] - base], plan.offset[a : b + 1], plan.kept[a:b],
+                    picked, positions, gaps, codes, sent, bits, stats, plan.value_bits, out, at,
+                )  # fmt: skip
+                lengths[g] = at - before
 
     return write

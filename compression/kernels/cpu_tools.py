@@ -71,6 +71,18 @@ def bits_float(_context: Any, _value: Any) -> Any:
 
 
 @machine_code
+def claim(_context: Any, counter: Any) -> Any:
+    """counter[0] and, in the same instant, counter[0] + 1 into its place: no two threads get the same number."""
+    signature = types.int64(counter)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return signature, generate
+
+
+@machine_code
 def load_u64(_context: Any, array: Any, offset: Any) -> Any:
     """Eight bytes of a u8 array from `offset`, which need not be aligned; the caller sees to it that they
     exist.

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from dtrain.compression import dct, levels
-from dtrain.compression.kernels.base import Kernel
+from dtrain.compression.kernels.base import Buffer, Kernel
 from dtrain.compression.kernels.cuda_groups import pack_groups, unpack_groups
 from dtrain.compression.kernels.cuda_triton import decode_chunks, encode_chunks
+from dtrain.compression.kernels.finite import finite
 from dtrain.compression.layout import Layout
 from dtrain.compression.section import Section, SectionFormat
 
@@ -69,6 +70,10 @@ class CudaKernel:
             weakref.WeakKeyDictionary()
         )
 
+    def finite(self, tensors: Sequence[torch.Tensor]) -> list[bool]:
+        """As `Kernel.finite`."""
+        return finite(tensors)
+
     def encode(
         self,
         fmt: SectionFormat,
@@ -76,7 +81,7 @@ class CudaKernel:
         feedback: torch.Tensor,
         decay: float,
         transform: str,
-    ) -> tuple[Ints, list[bytes]]:
+    ) -> tuple[Ints, Sequence[Buffer]]:
         """As `Kernel.encode`; `feedback` and `tensors` on one GPU."""
         plan, lengths, written = self._plan(fmt, feedback.device), [np.zeros(0, np.int64)], []
         for first, end in _parts(fmt.layout, 0, fmt.layout.num_groups):
@@ -92,7 +97,7 @@ class CudaKernel:
 
     def compress(
         self, fmt: SectionFormat, values: torch.Tensor, first_group: int, end_group: int
-    ) -> tuple[Ints, list[bytes]]:
+    ) -> tuple[Ints, Sequence[Buffer]]:
         """As `Kernel.compress`, on the host."""
         return self._host.compress(fmt, values, first_group, end_group)
 

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 
 from dtrain.compression import dct, group
+from dtrain.compression.kernels.base import Buffer
+from dtrain.compression.kernels.finite import finite
 from dtrain.compression.layout import Layout
 from dtrain.compression.section import Section, SectionFormat
 
@@ -33,6 +35,10 @@ class ReferenceKernel:
         """`exact`: transform by the butterflies that all kernels share, to the bit, not by faster matrix products."""
         self._exact = exact
 
+    def finite(self, tensors: Sequence[torch.Tensor]) -> list[bool]:
+        """As `Kernel.finite`."""
+        return finite(tensors)
+
     def encode(
         self,
         fmt: SectionFormat,
@@ -40,7 +46,7 @@ class ReferenceKernel:
         feedback: torch.Tensor,
         decay: float,
         transform: str,
-    ) -> tuple[Ints, list[bytes]]:
+    ) -> tuple[Ints, Sequence[Buffer]]:
         """feedback <- decay * feedback + tensors, then `compress`. `feedback`: all sparse elements, [n] fp32."""
         layout = fmt.layout
         for first, end in _tiles(layout, 0, layout.num_groups):
@@ -52,7 +58,7 @@ class ReferenceKernel:
 
     def compress(
         self, fmt: SectionFormat, values: torch.Tensor, first_group: int, end_group: int
-    ) -> tuple[Ints, list[bytes]]:
+    ) -> tuple[Ints, Sequence[Buffer]]:
         """Write the largest values of each chunk and subtract what was written from `values` (1-D fp32, these
         groups).
 
