@@ -15,6 +15,7 @@ import torch
 from dtrain.compression.codec import Codec
 from dtrain.experiments.memory import Faults, MemoryExchange, MemorySwarm
 from dtrain.trainer.flat import FlatParameters
+from dtrain.trainer.journal import Journal
 from dtrain.trainer.manifest import Manifest, preset_manifest
 from dtrain.trainer.metrics import MetricsLog, read_metrics
 from dtrain.trainer.model import GPT
@@ -42,14 +43,21 @@ class Threads:
         self.threads: list[threading.Thread] = []
         self.failures: list[BaseException] = []
 
-    def start(self, name: str, **settings: Any) -> Worker:
+    def start(self, name: str, journal: Journal | None = None, **settings: Any) -> Worker:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         machine = MachineSettings(
             name, folder, "cpu", 1, **{"eval_every": 0, "checkpoint_every": 100, **settings}
         )
         metrics = self._stack.enter_context(MetricsLog(folder / "metrics.jsonl"))
-        worker = Worker(self.manifest, machine, MemoryExchange(self.swarm, name), metrics, lambda _: None)
+        worker = Worker(
+            self.manifest,
+            machine,
+            MemoryExchange(self.swarm, name),
+            metrics,
+            lambda _: None,
+            journal=journal,
+        )
         self.workers[name] = worker
         self.threads.append(threading.Thread(target=self._run, args=(worker,), name=name))
         self.threads[-1].start()

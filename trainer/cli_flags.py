@@ -36,6 +36,9 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         help="Mbit/s at most for giving newcomers the weights; 0 = half of what the line can do",
     )
     machine.add_argument("--audit", action="store_true", help="check every round that no delta is lost")
+    machine.add_argument(
+        "--journal", action="store_true", help="keep a signed journal of what became of every payload"
+    )
     add_flag(machine, "what this worker does")
     machine.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations; 0 = never")
     machine.add_argument("--checkpoint-every", type=int, default=5, help="rounds a checkpoint; 0 = never")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from dtrain.trainer.voice import Voice
 if TYPE_CHECKING:
     from dtrain.dht.exchange import DhtExchange
     from dtrain.trainer.control import Control
+    from dtrain.trainer.journal import SignedJournal
     from dtrain.trainer.limits import Limits
     from dtrain.trainer.metrics import Metrics
     from dtrain.trainer.signing import SignedManifest
@@ -229,7 +231,23 @@ class Session:
             keep_checkpoints=args.keep_checkpoints,
             checkpoint_every=args.checkpoint_every,
         )
-        worker = Worker(signed.manifest, settings, exchange, metrics, self.voice.say, control=self.control)
+        journal = self._journal(exchange) if args.journal else None
+        worker = Worker(
+            signed.manifest,
+            settings,
+            exchange,
+            metrics,
+            self.voice.say,
+            control=self.control,
+            journal=journal,
+        )
+        if journal is not None:
+            journal.write(
+                "begin",
+                peer_id=exchange.peer_id,
+                manifest=signed.manifest.hash.hex(),
+                chunks=worker.codec.num_chunks,
+            )
         worker.download.bar = self.voice
 
         def describe() -> dict[str, Any]:
@@ -243,6 +261,16 @@ class Session:
 
         self.control.describe = describe
         return worker
+
+    def _journal(self, exchange: DhtExchange) -> SignedJournal:
+        """This worker's journal, signed with its identity."""
+        from dtrain.dht import identity
+        from dtrain.trainer.journal import FILE, SignedJournal
+
+        own = identity.load_or_create(self.folder / "identity.key")
+        journal = SignedJournal(self.folder / FILE, exchange.peer_id, own.key.sign, time.time)
+        self._stack.callback(journal.close)
+        return journal
 
     def _changed(self, exchange: DhtExchange, metrics: Metrics, state: str, reason: str) -> None:
         """The network process is being renewed ("lost"), or was ("back")."""

@@ -28,6 +28,7 @@ from dtrain.trainer.feedback import ErrorFeedback, Feedback, take_over_residual
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.gathering import stay_for_the_rest, wait_for_start
 from dtrain.trainer.inner import evaluate, make_inner
+from dtrain.trainer.journal import Books, Journal, NoJournal
 from dtrain.trainer.manifest import Manifest
 from dtrain.trainer.metrics import Metrics
 from dtrain.trainer.model import GPT
@@ -72,6 +73,7 @@ class Worker:
         clock: Clock = SYSTEM_CLOCK,
         corpus: Corpus | None = None,
         control: Control | None = None,
+        journal: Journal | None = None,
     ):
         """`corpus` stands in for the manifest's data, which is otherwise read from this machine's disk."""
         self.manifest, self.settings, self.exchange, self.clock = manifest, settings, exchange, clock
@@ -95,6 +97,7 @@ class Worker:
                 lambda error, scale: metrics.write("audit", error=error, scale=scale),
             )
         self.outer = OuterLoop(manifest, self.local, self.codec, self.strategy)
+        self.books = Books(journal or NoJournal(), self.outer, self.codec)
         self.inner = make_inner(self.model, manifest.train, self.strategy.collects)
         self.corpus = corpus or open_corpus(manifest.data, settings.data)
         self.store = CheckpointStore(settings.folder / "checkpoints", settings.keep_checkpoints)
@@ -146,11 +149,13 @@ class Worker:
             self.inner.load_state_dict(part(checkpoint.tensors, "inner"))
             self.report.tokens = int(checkpoint.extra.get("own_tokens", 0))
             source = "checkpoint"
+            self.books.note("loaded")
         self.report.announce()
         self.exchange.serve_state(self.outer.give)
         if catch_up(self.outer, self.exchange, self.download, self.clock):
             source = "peers"
             self.pacer.came_late = True
+        self.books.note("stands")
         self.local.flat.copy_(self.outer.state.theta_flat)
         self.report.joined(source, began)
         self.report.state("waiting")
@@ -166,6 +171,7 @@ class Worker:
         self.report.state("paused")
         if self.duty.hold(self._is_over, self.report.say):
             catch_up(self.outer, self.exchange, self.download, self.clock)
+            self.books.note("stands")
             self.local.flat.copy_(self.outer.state.theta_flat)
             self.pacer.came_late = True
 
@@ -211,6 +217,7 @@ class Worker:
         if not self._overlaps:
             self.report.state("exchanging")
         digest = self.outer.digest
+        self.books.made(payload, training.round, digest, training.tokens)
         outcome = self._courier.submit(self._exchange, payload, training, digest)
         self._delivery = Delivery(payload, training, self.local.flat.clone(), outcome)
 
@@ -239,15 +246,19 @@ class Worker:
             self._weight = delivery.training.tokens
             take_over_residual(self.exchange, self.feedback, self._weight)
             all_tokens = self.outer.step(outcome.aggregates)
+            self.books.settled(outcome, delivery.payload, outcome.undelivered)
             self._move_local(delivery.base)
             self.pacer.came_late = False
             self.report.round_done(outcome, delivery.training, all_tokens, len(delivery.payload))
             self._keep()
             return
-        self.feedback.give_back(delivery.payload, [(0, self.codec.num_chunks)])
+        everything = [(0, self.codec.num_chunks)]
+        self.feedback.give_back(delivery.payload, everything)
+        self.books.settled(outcome, delivery.payload, everything)
         self._set_aside(delivery.base)
         if outcome.verdict != NO_GROUP:
             catch_up(self.outer, self.exchange, self.download, self.clock)
+            self.books.note("stands")
             self.pacer.came_late = True
             self.report.resync("missed a round; its work is kept for the next")
         self.local.flat.copy_(self.outer.state.theta_flat)
@@ -295,6 +306,7 @@ class Worker:
         }
         try:
             self.store.save(self.outer.checkpoint(tensors, self.report.tokens))
+            self.books.note("saved")
         except RunError as error:  # a full disk must not end the training
             self.report.say(f"{error}; training goes on, the previous checkpoint is intact")
 
@@ -313,6 +325,7 @@ class Worker:
         self.report.state("leaving")
         take_over_residual(self.exchange, self.feedback, self._weight, all=True)
         self._checkpoint()
+        self.books.note("left")
         asked = self.control.finishing and not self._stop.is_set()
         self.report.stopped("finished, as you asked" if asked else self._stop_reason)
         self._courier.shutdown()
