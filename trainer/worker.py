@@ -152,10 +152,8 @@ class Worker:
             self.books.note("loaded")
         self.report.announce()
         self.exchange.serve_state(self.outer.give)
-        if catch_up(self.outer, self.exchange, self.download, self.clock):
+        if self._catch_up():
             source = "peers"
-            self.pacer.came_late = True
-        self.books.note("stands")
         self.local.flat.copy_(self.outer.state.theta_flat)
         self.report.joined(source, began)
         self.report.state("waiting")
@@ -164,14 +162,20 @@ class Worker:
         wanted = self.manifest.exchange.start_workers
         wait_for_start(wanted, self.outer, self.exchange, self._stop, self.clock, self.report.say)
 
+    def _catch_up(self) -> bool:
+        """Stand where the others stand; True if anything had to be fetched. Who did may begin its round late."""
+        fetched = catch_up(self.outer, self.exchange, self.download, self.clock)
+        self.books.note("stands")
+        self.pacer.came_late = self.pacer.came_late or fetched
+        return fetched
+
     def _hold(self) -> None:
         """Stand aside, with nothing under way, until this machine may train again; others still get state from us."""
         self._settle()
         self._checkpoint()
         self.report.state("paused")
         if self.duty.hold(self._is_over, self.report.say):
-            catch_up(self.outer, self.exchange, self.download, self.clock)
-            self.books.note("stands")
+            self._catch_up()
             self.local.flat.copy_(self.outer.state.theta_flat)
             self.pacer.came_late = True
 
@@ -257,8 +261,7 @@ class Worker:
         self.books.settled(outcome, delivery.payload, everything)
         self._set_aside(delivery.base)
         if outcome.verdict != NO_GROUP:
-            catch_up(self.outer, self.exchange, self.download, self.clock)
-            self.books.note("stands")
+            self._catch_up()
             self.pacer.came_late = True
             self.report.resync("missed a round; its work is kept for the next")
         self.local.flat.copy_(self.outer.state.theta_flat)
