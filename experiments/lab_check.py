@@ -241,7 +241,7 @@ def _inside(
         if history.get(one.key) == one.entry["after"]:
             for span, (_, weights) in one.spans.items():
                 for peer_id, weight in weights.items():
-                    found[(peer_id, *one.key)][span] = weight
+                    found[peer_id, one.key[0], one.key[1]][span] = weight
     return found
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from dtrain.trainer.checkpoint import CheckpointStore
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
 from dtrain.trainer.control import Control
 from dtrain.trainer.data import Corpus, open_corpus
+from dtrain.trainer.delivery import Delivery, Training
 from dtrain.trainer.download import DownloadReport
 from dtrain.trainer.duty import Duty
 from dtrain.trainer.errors import RunError
@@ -38,25 +37,6 @@ from dtrain.trainer.reporting import Reporter, Say
 from dtrain.trainer.sampling import Sampler, write_sample
 from dtrain.trainer.settings import MachineSettings, resolve_device
 from dtrain.trainer.strategies import make_strategy
-
-
-@dataclass(frozen=True)
-class Training:
-    """What one round's inner steps gave."""
-
-    round: int
-    tokens: int
-    loss: float
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """A payload that is under way, and where the local weights stood when it left."""
-
-    payload: bytes
-    training: Training
-    base: Tensor  # [num_params] on the model's device
-    outcome: Future[Outcome]
 
 
 class Worker:
@@ -154,6 +134,7 @@ class Worker:
         self.exchange.serve_state(self.outer.give)
         if self._catch_up():
             source = "peers"
+            self.pacer.came_late = True
         self.local.flat.copy_(self.outer.state.theta_flat)
         self.report.joined(source, began)
         self.report.state("waiting")
@@ -163,10 +144,9 @@ class Worker:
         wait_for_start(wanted, self.outer, self.exchange, self._stop, self.clock, self.report.say)
 
     def _catch_up(self) -> bool:
-        """Stand where the others stand; True if anything had to be fetched. Who did may begin its round late."""
+        """Stand where the others stand; True if anything had to be fetched."""
         fetched = catch_up(self.outer, self.exchange, self.download, self.clock)
         self.books.note("stands")
-        self.pacer.came_late = self.pacer.came_late or fetched
         return fetched
 
     def _hold(self) -> None:
