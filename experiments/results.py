@@ -34,6 +34,7 @@ summary.json
         bytes_up_per_worker      bytes sent, mean over the workers that were there; payloads, aggregates and states
         bytes_down_per_worker    the same received
         payload_bytes            size of a payload, mean over rounds and workers
+        bytes_per_param_step     bytes that a worker sent, per parameter and inner step
         ratio_vs_fp32_allreduce  bytes that an fp32 ring all-reduce at each of the same inner steps would have sent,
                                  over bytes sent; null for one worker alone
         virtual_time_s           seconds on the virtual clock from the run's beginning to its last round's end
@@ -43,6 +44,9 @@ summary.json
         digest                   hex hash of the last theta
         digests_equal            whether all workers held one theta after every round
         settings                 {dotted setting: value} of all that is varied in the sweep
+        to_target                only with simulate.target_loss: {loss, tokens, time_s, bytes_up_per_worker} where the
+                                 evaluation loss first was that low, on a straight line between two evaluations; null
+                                 if it never was. It stands in summary.json alone
 
 runs/ID/rounds.jsonl, one object per line; round 0 is the beginning and has only round, time_s, tokens and eval_loss
     round                   rounds completed

@@ -26,6 +26,8 @@ class SimulateConfig:
     """Inner steps between two evaluations of theta, rounded to whole rounds; the last round has one in any case."""
     seeds: int = 1
     """Each run is repeated with train.seed = 0, 1, ... (`--seeds`)."""
+    target_loss: float = 0.0
+    """The summary tells when each run's evaluation loss first fell to this, in nats per token (0 = none)."""
     data: str = "shared"
     """"shared": all draw from the whole text. "split": worker i of n trains on the i-th n-th of it alone."""
 
@@ -33,6 +35,7 @@ class SimulateConfig:
         settle_types(self, self.SECTION)
         for name in ("workers", "steps", "eval_every_steps", "seeds"):
             require(getattr(self, name) >= 1, f"simulate.{name}", "be at least 1", getattr(self, name))
+        require(0 <= self.target_loss < 100, "simulate.target_loss", "be from 0 to 100", self.target_loss)
         require(self.workers <= MAX_WORKERS, "simulate.workers", f"be at most {MAX_WORKERS}", self.workers)
         require(self.data in DATA_SPREADS, "simulate.data", f"be one of {', '.join(DATA_SPREADS)}", self.data)
 

@@ -58,7 +58,8 @@ class RunSpec:
     def id(self) -> str:
         """A folder name that changes with every setting that could change the result."""
         sections = {name: asdict(getattr(self, name)) for name in OWN_SECTIONS}
-        del sections["simulate"]["seeds"]
+        for name in ("seeds", "target_loss"):  # they change no run
+            del sections["simulate"][name]
         text = json.dumps([self.manifest.to_dict(), sections], sort_keys=True)
         slug = re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")[:60]
         return f"{slug}-s{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -11,15 +11,12 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dtrain.experiments import sim_frontier
 from dtrain.experiments.memory_round import Floats
 from dtrain.experiments.results import PLOTS, ResultFolder, Row
+from dtrain.experiments.sim_style import COLOURS, DASHES, MARKERS, STYLE, save
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart; lines differ in their dashes too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LEGEND_INSIDE = 6  # longer legends stand beside the plot
-FORMATS = ("png", "svg")
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,11 @@ def plot_all(folder: ResultFolder) -> list[Path]:
         curves = _curves(summary["rows"], rounds, axis)
         if any(len(curve.x) > 0 for curve in curves):
             paths.append(_plot(curves, axis, summary, folder.path / PLOTS))
+    points = sim_frontier.points(summary["rows"])
+    if len(points) > 1:
+        paths.append(
+            sim_frontier.plot(points, str(summary["description"] or summary["name"]), folder.path / PLOTS)
+        )
     return paths
 
 
@@ -84,7 +86,7 @@ def _curves(rows: Sequence[Row], rounds: dict[str, list[Row]], axis: Axis) -> li
 
 def _plot(curves: Sequence[Curve], axis: Axis, summary: Row, place: Path) -> Path:
     beside = len(curves) > LEGEND_INSIDE
-    with rc_context({"svg.hashsalt": "dtrain", "font.size": 11, "axes.grid": True, "grid.alpha": 0.3}):
+    with rc_context(STYLE):
         figure = Figure(figsize=(9.5 if beside else 7.0, 4.8), layout="constrained")
         axes = figure.add_subplot()
         for number, curve in enumerate(curves):
@@ -98,10 +100,7 @@ def _plot(curves: Sequence[Curve], axis: Axis, summary: Row, place: Path) -> Pat
             axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9)
         else:
             axes.legend(loc="upper right", framealpha=0.9)
-        for kind in FORMATS:
-            metadata = {"Date": None} if kind == "svg" else {}
-            figure.savefig(place / f"{axis.file}.{kind}", dpi=150, metadata=metadata)
-    return place / f"{axis.file}.png"
+        return save(figure, place, axis.file)
 
 
 def _draw(axes: Axes, curve: Curve, number: int) -> None:

@@ -79,7 +79,11 @@ def _steps(spec: RunSpec, rounds: int) -> int:
 
 def summarize(sweep: Sweep, folder: ResultFolder, failed: Mapping[str, str]) -> Row:
     """What summary.json says; see `results`."""
-    rows = [row for spec in sweep.runs if (row := folder.row(spec.id)) is not None]
+    rows = [
+        row | to_target(spec.simulate.target_loss, folder.rounds(spec.id))
+        for spec in sweep.runs
+        if (row := folder.row(spec.id)) is not None
+    ]
     fields = [name for name in VARYING if len({row[name] for row in rows}) > 1]
     settings = list(dict.fromkeys(key for spec in sweep.runs for key in spec.settings))
     return {
@@ -94,12 +98,35 @@ def summarize(sweep: Sweep, folder: ResultFolder, failed: Mapping[str, str]) -> 
     }
 
 
+def to_target(loss: float, rounds: Sequence[Row]) -> Row:
+    """{"to_target": where the evaluation loss of these rounds first fell to `loss`}; see `results`. {} without one."""
+    if not loss:
+        return {}
+    before: Row | None = None
+    for line in rounds:
+        if line.get("eval_loss") is None:
+            continue
+        if line["eval_loss"] <= loss:
+            start = before or line
+            fall = start["eval_loss"] - line["eval_loss"]
+            share = (start["eval_loss"] - loss) / fall if fall else 1.0
+            fields = {
+                name: start.get(name, 0) + share * (line.get(name, 0) - start.get(name, 0))
+                for name in ("tokens", "time_s", "bytes_up_per_worker")
+            }
+            return {"to_target": {"loss": loss} | {name: round(value, 3) for name, value in fields.items()}}
+        before = line
+    return {"to_target": None}
+
+
 def print_table(sweep: Sweep, folder: ResultFolder, failed: Mapping[str, str], console: Console) -> None:
     """One line per label: the mean over its seeds, and half the distance between the extremes."""
     rows = folder.summary()["rows"]
     table = Table(title=f"{sweep.name}: {sweep.description}".rstrip(": "), title_justify="left")
     table.add_column("run")
-    for name in ("seeds", "tokens", "eval loss", "MB up/worker", "vs fp32 ring", "virtual time", "compute"):
+    target = sweep.runs[0].simulate.target_loss
+    names = ["seeds", "tokens", "eval loss", "MB up/worker", "vs fp32 ring", "virtual time", "compute"]
+    for name in [*names, f"to loss {target:g}"] if target else names:
         table.add_column(name, justify="right", no_wrap=True)
     labels = list(dict.fromkeys(row["label"] for row in rows))
     for label in labels:
@@ -120,6 +147,8 @@ def _cells(rows: Sequence[Row]) -> list[str]:
     loss = f"{statistics.fmean(losses):.4f}"
     if len(rows) > 1:
         loss += f" ± {(max(losses) - min(losses)) / 2:.4f}"
+    reached = [row["to_target"] for row in rows if row.get("to_target")]
+    target = [f"{statistics.fmean(entry['time_s'] for entry in reached):,.1f} s"] if reached else ["never"]
     ratio = "" if rows[0]["ratio_vs_fp32_allreduce"] is None else f"{mean('ratio_vs_fp32_allreduce'):,.1f}x"
     return [
         str(len(rows)),
@@ -129,6 +158,7 @@ def _cells(rows: Sequence[Row]) -> list[str]:
         ratio,
         f"{mean('virtual_time_s'):,.1f} s",
         f"{100 * mean('compute_share'):.1f} %",
+        *(target if "to_target" in rows[0] else []),
     ]
 
 

@@ -55,6 +55,7 @@ class RoundLog:
         self._payloads: list[int] = []
         self._contributors: list[int] = []
         self._allreduce_bytes = 0.0
+        self._steps = 0.0
         self._one_theta = True
         self.last: Row = {}
         """The line of the newest round."""
@@ -87,6 +88,7 @@ class RoundLog:
             self._payloads.append(event["payload_bytes"])
             num = len(event["contributors"])
             steps = event["round_tokens"] / self._step_tokens
+            self._steps += steps
             ring = 2 * (num - 1) / num * BYTES_PER_PARAMETER * self._num_params
             self._allreduce_bytes += ring * steps
         if not self._written < number <= self._rounds_in_all:  # of a worker that came far too late
@@ -153,6 +155,7 @@ class RoundLog:
             "bytes_up_per_worker": self._mean("bytes_up", 1),
             "bytes_down_per_worker": self._mean("bytes_down", 1),
             "payload_bytes": _mean(self._payloads, 1),
+            "bytes_per_param_step": float(f"{sent / max(1.0, self._steps) / self._num_params:.4g}"),
             "ratio_vs_fp32_allreduce": None if ratio is None else round(ratio, 3),
             "virtual_time_s": self.last.get("time_s", 0.0),
             "compute_share": self._mean("compute_share", 4),

@@ -11,10 +11,11 @@ import torch
 from sim_tools import corpus_of, only_run, simulated, write_file
 
 from dtrain.compression.codec import Codec
-from dtrain.experiments import sim_jobs
+from dtrain.experiments import sim_frontier, sim_jobs
 from dtrain.experiments.memory import MemoryExchange, MemorySwarm
 from dtrain.experiments.results import ResultFolder
 from dtrain.experiments.sim_file import RunSpec, load_sweep
+from dtrain.experiments.sim_report import to_target
 from dtrain.experiments.sim_swarm import worker_name
 from dtrain.trainer import cli
 from dtrain.trainer.errors import UsageError
@@ -91,7 +92,41 @@ def test_time_and_bytes_add_up(tmp_path: Path) -> None:
     assert row["bytes_up_per_worker"] == pytest.approx(4 * row["payload_bytes"] * (2 / 3 + 2), rel=0.05)
     ring = 2 * (2 / 3) * 4 * row["num_params"] * 12
     assert row["ratio_vs_fp32_allreduce"] == pytest.approx(ring / row["bytes_up_per_worker"], rel=1e-3)
+    per_step = row["bytes_up_per_worker"] / row["num_params"] / 12
+    assert row["bytes_per_param_step"] == pytest.approx(per_step, rel=1e-3)
     assert rounds[-1]["eval_loss"] == row["eval_loss"] < rounds[0]["eval_loss"]
+
+
+def test_time_to_a_loss_is_read_between_evaluations() -> None:
+    """On a straight line between the two evaluations around it; a loss that was never reached has no time."""
+    lines = [
+        {"round": 0, "time_s": 0.0, "tokens": 0, "eval_loss": 5.0},
+        {"round": 1, "time_s": 10.0, "tokens": 100, "eval_loss": None, "bytes_up_per_worker": 7.0},
+        {"round": 2, "time_s": 20.0, "tokens": 200, "eval_loss": 3.0, "bytes_up_per_worker": 14.0},
+        {"round": 3, "time_s": 30.0, "tokens": 300, "eval_loss": 2.0, "bytes_up_per_worker": 21.0},
+    ]
+    half = {"loss": 4.0, "tokens": 100, "time_s": 10.0, "bytes_up_per_worker": 7.0}
+    assert to_target(4.0, lines) == {"to_target": half}
+    assert to_target(2.5, lines)["to_target"]["time_s"] == 25.0
+    assert to_target(5.5, lines)["to_target"]["time_s"] == 0.0
+    assert to_target(1.0, lines) == {"to_target": None} and to_target(0.0, lines) == {}
+
+
+def test_the_frontier_is_the_gap_to_the_data_parallel_runs(tmp_path: Path) -> None:
+    """Means over seeds, the gap to ddp with as many workers; a sweep without ddp shows losses."""
+    common = {"workers": 4, "num_params": 1000}
+    rows = [
+        common | {"label": "ddp", "strategy": "ddp", "bytes_per_param_step": 6.0, "eval_loss": 2.0},
+        common
+        | {"label": "sparse", "strategy": "sparseloco", "bytes_per_param_step": 0.02, "eval_loss": 2.1},
+        common
+        | {"label": "sparse", "strategy": "sparseloco", "bytes_per_param_step": 0.04, "eval_loss": 2.3},
+    ]
+    found = {point.label: point for point in sim_frontier.points(rows)}
+    assert found["sparse"].gap == pytest.approx(10.0) and found["sparse"].spread == pytest.approx(0.1)
+    assert found["sparse"].bytes_per_param_step == pytest.approx(0.03) and found["ddp"].gap == 0
+    assert [point.gap for point in sim_frontier.points(rows[1:])] == [None]
+    assert sim_frontier.plot(list(found.values()), "a title", tmp_path).stat().st_size > 10_000
 
 
 def test_unequal_machines_and_split_data(tmp_path: Path) -> None:
@@ -152,7 +187,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sim_jobs, "simulate", real)
     assert cli.main([*command, str(tmp_path / "b")]) == 0
     assert (tmp_path / "a/summary.json").read_bytes() == (tmp_path / "b/summary.json").read_bytes()
-    for name in ("loss_tokens", "loss_bytes", "loss_time"):
+    for name in ("loss_tokens", "loss_bytes", "loss_time", "frontier"):
         assert (tmp_path / f"a/plots/{name}.png").stat().st_size > 10_000
         assert "<svg" in (tmp_path / f"a/plots/{name}.svg").read_text()
 
