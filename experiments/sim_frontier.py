@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from dtrain.experiments.results import Row
-from dtrain.experiments.sim_style import COLOURS, MARKERS, STYLE, save
+from dtrain.experiments.sim_style import COLOURS, MARKERS, save, style
 
 RING_BYTES = 8.0
 """Bytes per parameter and step that a worker among many sends in an fp32 ring all-reduce."""
@@ -71,16 +70,18 @@ def _point(label: str, rows: Sequence[Row], controls: dict[tuple[int, int], list
 def plot(found: Sequence[Point], title: str, folder: Path) -> Path:
     """Draw frontier.png and .svg: the gap to `ddp` if the sweep has such runs, else the loss itself."""
     by_gap = all(point.gap is not None for point in found)
-    with rc_context(STYLE):
+    with style():
         figure = Figure(figsize=(9.5, 4.8), layout="constrained")
         axes = figure.add_subplot()
         for number, point in enumerate(found):
-            y, scale = (point.gap, 100 * point.spread / point.loss) if by_gap else (point.loss, point.spread)
+            y, spread = point.loss, point.spread
+            if by_gap:
+                y, spread = point.gap or 0.0, 100 * point.spread / point.loss
             marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
             axes.errorbar(
                 [point.bytes_per_param_step],
                 [y],
-                yerr=[scale] if point.spread else None,
+                yerr=[spread] if point.spread else None,
                 color=COLOURS[number % len(COLOURS)],
                 marker=marker,
                 markersize=8,
@@ -90,7 +91,7 @@ def plot(found: Sequence[Point], title: str, folder: Path) -> Path:
         for number, point in enumerate(PUBLISHED if by_gap else ()):
             axes.plot(
                 [point.bytes_per_param_step],
-                [point.gap],
+                [point.gap or 0.0],
                 color="#777777",
                 marker="*+x"[number],
                 markersize=10,

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dtrain.experiments import sim_frontier
 from dtrain.experiments.memory_round import Floats
 from dtrain.experiments.results import PLOTS, ResultFolder, Row
-from dtrain.experiments.sim_style import COLOURS, DASHES, MARKERS, STYLE, save
+from dtrain.experiments.sim_style import COLOURS, DASHES, MARKERS, save, style
 
 LEGEND_INSIDE = 6  # longer legends stand beside the plot
 
@@ -86,7 +85,7 @@ def _curves(rows: Sequence[Row], rounds: dict[str, list[Row]], axis: Axis) -> li
 
 def _plot(curves: Sequence[Curve], axis: Axis, summary: Row, place: Path) -> Path:
     beside = len(curves) > LEGEND_INSIDE
-    with rc_context(STYLE):
+    with style():
         figure = Figure(figsize=(9.5 if beside else 7.0, 4.8), layout="constrained")
         axes = figure.add_subplot()
         for number, curve in enumerate(curves):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-STYLE: dict[str, Any] = {"svg.hashsalt": "dtrain", "font.size": 11, "axes.grid": True, "grid.alpha": 0.3}
-"""For matplotlib's rc_context."""
+
+
+def style() -> AbstractContextManager[None]:
+    """Within it, figures are drawn in this style."""
+    return rc_context({"svg.hashsalt": "dtrain", "font.size": 11, "axes.grid": True, "grid.alpha": 0.3})
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:
