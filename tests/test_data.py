@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dtrain.trainer import data
-from dtrain.trainer.config import DataConfig
+from dtrain.trainer.config_data import DataConfig
 from dtrain.trainer.data import END_OF_DOCUMENT, Corpus, file_sha256, open_corpus
 from dtrain.trainer.errors import UsageError
 

@@ -74,7 +74,8 @@ def test_a_missing_key_is_refused_by_name() -> None:
         ("model.dim", 100, r"model\.dim must be a multiple of 64"),
         ("model.vocab_size", 100, r"model\.vocab_size must be at least 256 for data\.tokenizer = bytes"),
         ("model.num_heads", 7, r"model\.num_heads must divide model\.dim"),
-        ("data.source", "hub", r"data\.source must be one of stdlib, file"),
+        ("data.source", "web", r"data\.source must be one of stdlib, file, files, hub"),
+        ("data.source", "hub", r"data\.name \(--data\) must name files or a data set"),
         ("data.source", "file", r"data\.name \(--data\) must be the file's base name"),
         ("exchange.start_workers", 0, r"exchange\.start_workers \(--start-workers\) must be at least 1"),
         (

@@ -39,6 +39,7 @@ IMPORT_NAMES = {
 EXTRAS = {
     "adamw8bit": "trainer/optimizers.py",
     "dashboard": "experiments/dashboard",
+    "hf": "trainer/",
     "simulate": "experiments/",
     "wandb": "trainer/wandb_log",
 }

@@ -36,6 +36,8 @@ GROUPS = {
     },
     "Organize": {
         "create": ("dtrain.trainer.cli_create", "prepare a run: its settings, your key, an invite"),
+        "data": ("dtrain.trainer.cli_data", "look at what a run would train on: samples, tokens, speed"),
+        "tokenizer": ("dtrain.trainer.cli_tokenizer", "train a tokenizer, or look at one"),
         "bootstrap": (
             "dtrain.trainer.cli_bootstrap",
             "keep a run reachable from a small server, without training",

@@ -21,8 +21,11 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, default=0, help="CPU threads for training; 0 = all cores but one"
     )
     machine.add_argument(
-        "--data", type=Path, help="text file to train on (default: Python's own library sources)"
+        "--data",
+        type=Path,
+        help="file or folder to train on: text, JSONL, Parquet, Arrow (default: Python's own library sources)",
     )
+    machine.add_argument("--tokenizer", help="its name on the hub, or a file; bytes if left out")
     machine.add_argument(
         "--rounds", type=int, default=0, help="leave after the run's round N; 0 = go on until Ctrl-C"
     )
@@ -82,6 +85,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     shared = parser.add_argument_group("the run (for the first worker; later ones take what the run has)")
     shared.add_argument("--config", type=Path, metavar="RUN.TOML", help="the run's settings")
     shared.add_argument("--preset", help="model size: tiny, small, gpt2 or medium")
+    add_dataset_flags(shared)
     shared.add_argument("--strategy", help="what travels: sparseloco, diloco, demo or ddp")
     shared.add_argument("--optimizer", help="of the inner steps: adamw, adamw8bit or muon")
     shared.add_argument("--inner-steps", type=int, help="inner steps per round")
@@ -94,6 +98,14 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--round-tokens", type=int, help="a round ends when all have trained so many; 0 = fixed steps"
     )
     shared.add_argument("--matchmaking-s", type=float, help="longest wait for missing workers, in seconds")
+
+
+def add_dataset_flags(parser: argparse._ArgumentGroup) -> None:
+    """What published data is trained on."""
+    parser.add_argument("--dataset", metavar="NAME", help="data set on the hub, or a URL, to stream from")
+    parser.add_argument("--subset", help="the data set's configuration, such as sample-10BT")
+    parser.add_argument("--split", help="the data set's split (default: train)")
+    parser.add_argument("--column", help="the column that holds the text (default: text)")
 
 
 def add_no_run_flags(parser: argparse.ArgumentParser) -> None:

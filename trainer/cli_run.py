@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dtrain.trainer.cli_propose import DATA_FLAGS
 from dtrain.trainer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -96,13 +97,11 @@ def choose_run_id(args: argparse.Namespace, invite: Invite | None) -> str:
 
 def proposed_manifest(args: argparse.Namespace, run_id: str) -> Manifest | None:
     """What --config and the shared flags ask for; None when nothing of the kind was typed."""
-    from dtrain.trainer.data import file_sha256
+    from dtrain.trainer.cli_propose import data_overrides
     from dtrain.trainer.manifest import manifest_from_toml, preset_manifest
 
     overrides: dict[str, object] = {key: getattr(args, flag) for flag, key in SHARED_FLAGS.items()}
-    if args.data is not None:
-        sha256 = file_sha256(args.data)
-        overrides.update({"data.source": "file", "data.name": args.data.name, "data.sha256": sha256})
+    overrides.update(data_overrides(args))
     if args.config is not None:
         return manifest_from_toml(args.config, {**overrides, "run_id": run_id})
     if all(value is None for value in overrides.values()):
@@ -118,8 +117,11 @@ def check_flags(args: argparse.Namespace, proposed: Manifest | None, actual: Man
     from dtrain.trainer.manifest import diff
 
     typed = {key for flag, key in SHARED_FLAGS.items() if getattr(args, flag) is not None}
-    if args.data is not None:
+    if args.data is not None and not actual.data.mix:
         typed |= {"data.name", "data.sha256"}
+    if args.tokenizer is not None:
+        typed |= {"data.tokenizer_sha256"}
+    typed |= {key for flag, key in DATA_FLAGS.items() if getattr(args, flag) is not None}
     for key, wanted, has in diff(proposed, actual):
         if key != "organizer" and (args.config is not None or key in typed):
             raise UsageError(

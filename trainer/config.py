@@ -6,16 +6,13 @@ Machine settings (device, folder, name) are in `settings.py`: they are each comp
 from __future__ import annotations
 
 import math
-import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, get_type_hints
 
 from dtrain.trainer.errors import UsageError
 
 OVERLAPS = ("none", "eager")
-DATA_SOURCES = ("stdlib", "file")
-TOKENIZERS = {"bytes": 256}
-"""Tokenizer name -> size of its vocabulary."""
+PLAIN = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 FLAGS = {
     "model.preset": "--preset",
     "train.inner_steps": "--inner-steps",
@@ -25,6 +22,7 @@ FLAGS = {
     "exchange.overlap": "--overlap",
     "exchange.round_tokens": "--round-tokens",
     "data.name": "--data",
+    "data.tokenizer": "--tokenizer",
 }
 """Command-line flags of the keys that have one; error lines name both."""
 
@@ -40,17 +38,24 @@ def require(condition: bool, key: str, rule: str, value: object) -> None:
         raise UsageError(f"{label(key)} must {rule}, not {value!r}")
 
 
+def added(default: Any) -> Any:
+    """A field that came after the manifest's format: at its default it is left out of the canonical form, so that
+    older runs keep their hash."""
+    return field(default=default, metadata={"added": True})
+
+
 def settle_types(section: Any, prefix: str) -> None:
     """Check all fields' types. Ints become floats where floats are meant: equal settings hash alike."""
     hints = get_type_hints(type(section))
-    for field in fields(section):
-        value, wanted, key = getattr(section, field.name), hints[field.name], f"{prefix}.{field.name}"
+    for entry in fields(section):
+        value, wanted, key = getattr(section, entry.name), hints[entry.name], f"{prefix}.{entry.name}"
+        if wanted not in PLAIN:
+            continue
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-            object.__setattr__(section, field.name, value)
+            object.__setattr__(section, entry.name, value)
         if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-            names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-            raise UsageError(f"{label(key)} must be {names[wanted]}, not {value!r}")
+            raise UsageError(f"{label(key)} must be {PLAIN[wanted]}, not {value!r}")
         if wanted is float:
             require(math.isfinite(value), key, "be finite", value)
 
@@ -94,40 +99,6 @@ class ModelConfig:
             f"divide model.dim = {self.dim} into heads of even width",
             self.num_heads,
         )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What the run is trained on. Workers read it from their own disk; nobody serves it."""
-
-    SECTION: ClassVar[str] = "data"
-
-    source: str = "stdlib"
-    """"stdlib": the sources of the worker's own Python standard library. "file": one local text file."""
-    name: str = ""
-    """Base name of the file, "" for stdlib."""
-    sha256: str = ""
-    """Lower-case hex SHA-256 of the file, so that nobody trains on another one by mistake; "" for stdlib."""
-    tokenizer: str = "bytes"
-    """How text becomes tokens; "bytes" = one token per byte."""
-    eval_fraction: float = 0.05
-    """Share of the text kept out of training, for evaluation."""
-    eval_tokens: int = 16384
-    """Tokens per evaluation, at most; fixed windows spread evenly over the evaluation text."""
-
-    def __post_init__(self) -> None:
-        settle_types(self, self.SECTION)
-        choices = ", ".join(DATA_SOURCES)
-        require(self.source in DATA_SOURCES, "data.source", f"be one of {choices}", self.source)
-        choices = ", ".join(TOKENIZERS)
-        require(self.tokenizer in TOKENIZERS, "data.tokenizer", f"be one of {choices}", self.tokenizer)
-        share = self.eval_fraction
-        require(0 < share <= 0.5, "data.eval_fraction", "be above 0 and at most 0.5", share)
-        require(self.eval_tokens >= 1, "data.eval_tokens", "be at least 1", self.eval_tokens)
-        if self.source == "file":
-            require(bool(self.name), "data.name", "be the file's base name", self.name)
-            well_formed = re.fullmatch(r"[0-9a-f]{64}", self.sha256) is not None
-            require(well_formed, "data.sha256", "be 64 lower-case hex digits", self.sha256)
 
 
 @dataclass(frozen=True)
@@ -242,7 +213,7 @@ class ExchangeConfig:
             self.max_round_tokens >= 0, "exchange.max_round_tokens", "be at least 0", self.max_round_tokens
         )
         require(self.exact_up_to >= 0, "exchange.exact_up_to", "be at least 0", self.exact_up_to)
-        for name in (field.name for field in fields(self) if field.name.endswith("_s")):
+        for name in (entry.name for entry in fields(self) if entry.name.endswith("_s")):
             require(getattr(self, name) > 0, f"exchange.{name}", "be above 0 seconds", getattr(self, name))
         sender, ttl = self.sender_timeout_s, self.heartbeat_ttl_s
         rule = f"be at most exchange.round_timeout_s = {self.round_timeout_s}"

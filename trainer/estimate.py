@@ -38,13 +38,12 @@ class Estimate:
 
     def lines(self, manifest: Manifest, num_params: int) -> str:
         """Two lines for who is asked whether to join."""
-        model, data = manifest.model, manifest.data
-        text = data.name if data.source == "file" else "Python's own library sources"
+        model = manifest.model
         others = f"{self.workers} workers" if self.workers != 1 else "1 worker"
         now = f"{others} in it, {self.round} rounds done" if self.workers else "nobody in it now"
         return (
             f"Run {manifest.run_id}: a {model.preset} language model of {num_params / 1e6:.1f}M parameters, "
-            f"trained on {text}; {now}; organizer {manifest.organizer[:8]}.\n"
+            f"trained on {manifest.data.title}; {now}; organizer {manifest.organizer[:8]}.\n"
             f"Here: {size(self.download_bytes)} to download first, then up to {size(self.up_bytes_per_h)} up and "
             f"{size(self.down_bytes_per_h)} down an hour, {size(self.memory_bytes)} of memory; about "
             f"{self.tokens_per_s:,.0f} tokens/s ({self.share_percent:.0f} % of the swarm), "
@@ -105,7 +104,7 @@ def _payloads(members: int, exact_up_to: int) -> float:
 
 def _step_s(worker: Worker) -> float:
     """Seconds of one training step here; the first one, which also warms up, does not count."""
-    batches = worker.batches(0)
+    batches = worker.feed.batches(0)
     for _ in range(2):
         x, y = next(batches)
         began = worker.clock.monotonic()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.trainer import exact
-from dtrain.trainer.config import DataConfig, TrainConfig
-from dtrain.trainer.data import Corpus
+from dtrain.trainer.config import TrainConfig
+from dtrain.trainer.config_data import DataConfig
+from dtrain.trainer.data import Data
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.optimizers import make_optimizers
@@ -168,7 +169,7 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, corpus: Corpus, data: DataConfig, train: TrainConfig) -> float:
+def evaluate(model: nn.Module, corpus: Data, data: DataConfig, train: TrainConfig) -> float:
     """Mean loss (natural log per token) of the model over the corpus's fixed evaluation windows."""
     device = next(model.parameters()).device
     total, count = 0.0, 0

@@ -19,14 +19,13 @@ from typing import Any
 from dtrain.compression.errors import CompressionError
 from dtrain.compression.spec import CodecSpec
 from dtrain.trainer.config import (
-    TOKENIZERS,
-    DataConfig,
     ExchangeConfig,
     ModelConfig,
     StrategyConfig,
     TrainConfig,
     require,
 )
+from dtrain.trainer.config_data import BYTE_VALUES, BYTES, DataConfig
 from dtrain.trainer.errors import UsageError
 from dtrain.trainer.presets import PRESETS
 
@@ -98,18 +97,21 @@ class Manifest:
         require(self.format == FORMAT, "format", f"be {FORMAT} (this dtrain knows no other)", self.format)
         well_formed = re.fullmatch(r"([0-9a-f]{64})?", self.organizer) is not None
         require(well_formed, "organizer", "be 64 lower-case hex digits or empty", self.organizer)
-        words = TOKENIZERS[self.data.tokenizer]
-        rule = f"be at least {words} for data.tokenizer = {self.data.tokenizer}"
-        require(self.model.vocab_size >= words, "model.vocab_size", rule, self.model.vocab_size)
+        if self.data.tokenizer == BYTES:
+            rule = f"be at least {BYTE_VALUES} for data.tokenizer = {BYTES}"
+            require(self.model.vocab_size >= BYTE_VALUES, "model.vocab_size", rule, self.model.vocab_size)
         rule = f"be at most model.seq_len = {self.model.seq_len}"
         require(self.train.seq_len <= self.model.seq_len, "train.seq_len", rule, self.train.seq_len)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, nested by section."""
-        sections = {
-            name: getattr(self, name).to_dict() if kind is CodecSpec else asdict(getattr(self, name))
-            for name, kind in SECTIONS.items()
-        }
+    def to_dict(self, *, whole: bool = False) -> dict[str, Any]:
+        """Plain values, nested by section. Fields that were added to the format later are left out at their default,
+        unless the `whole` is asked for."""
+        sections = {}
+        for name, kind in SECTIONS.items():
+            section = getattr(self, name)
+            values = section.to_dict() if kind is CodecSpec else asdict(section)
+            usual = {} if whole else _added(kind)
+            sections[name] = {key: v for key, v in values.items() if key not in usual or v != usual[key]}
         return {"run_id": self.run_id, **sections, "organizer": self.organizer, "format": self.format}
 
     @classmethod
@@ -120,6 +122,8 @@ class Manifest:
         for key in [*known, *_dotted_keys()]:
             name, _, inner = key.partition(".")
             section = values.get(name)
+            if inner in _added(SECTIONS.get(name)):
+                continue
             if name not in values or (inner and isinstance(section, Mapping) and inner not in section):
                 raise UsageError(f"the manifest lacks {key}: get it again from the run's organizer")
         for name in ("run_id", "organizer"):
@@ -147,6 +151,13 @@ class Manifest:
         train = self.train
         most = self.exchange.max_round_tokens or 64 * train.inner_steps * train.batch_size * train.seq_len
         return float(max(most, self.exchange.round_tokens))
+
+    @property
+    def round_tokens_each(self) -> int:
+        """Tokens that one worker trains on in a round: by its fixed steps, or twice its share of the round's."""
+        if self.exchange.round_tokens:
+            return max(1, 2 * self.exchange.round_tokens // self.exchange.start_workers)
+        return self.train.inner_steps * self.train.batch_size * self.train.seq_len
 
     @property
     def run_tag(self) -> bytes:
@@ -222,7 +233,7 @@ def manifest_from_toml(path: Path | str, overrides: Mapping[str, object] | None 
 
 def diff(a: Manifest, b: Manifest) -> list[tuple[str, object, object]]:
     """Every (dotted key, value in `a`, value in `b`) in which the two differ."""
-    left, right = _flatten(a.to_dict()), _flatten(b.to_dict())
+    left, right = _flatten(a.to_dict(whole=True)), _flatten(b.to_dict(whole=True))
     return [(key, left[key], right[key]) for key in left if left[key] != right[key]]
 
 
@@ -234,6 +245,11 @@ def _flatten(tree: Mapping[str, Any]) -> dict[str, object]:
         else:
             flat[name] = value
     return flat
+
+
+def _added(kind: type[Any] | None) -> dict[str, Any]:
+    """{name: default} of a section's fields that came after the format."""
+    return {f.name: f.default for f in fields(kind) if f.metadata.get("added")} if kind else {}
 
 
 def _section(name: str, kind: type[Any], values: object) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from dtrain.trainer.bulletin import SAMPLE_TOPIC, TOPIC, Bulletin, EvalLine, RoundLine, Sample
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
 from dtrain.trainer.exchange import Exchange, Outcome
+from dtrain.trainer.feed import Feed
 from dtrain.trainer.metrics import Metrics
 from dtrain.trainer.outer_loop import OuterLoop
 from dtrain.trainer.pacing import Pace, Pacer
@@ -42,6 +43,7 @@ class Reporter:
     outer: OuterLoop
     say: Say
     clock: Clock = SYSTEM_CLOCK
+    feed: Feed | None = None
     started: float = field(init=False)
     tokens: int = 0  # trained by this worker, all its life
     _state: str = "starting"
@@ -90,6 +92,7 @@ class Reporter:
                 "round_ends_in_s": round(self._remaining_s, 1),
                 "compute_share": round(self.compute_share, 4),
                 "loss": round(self._loss, 4),
+                **({"lane": self.feed.lane} if self.feed else {}),
             }
         )
 
@@ -215,6 +218,8 @@ class Reporter:
             wait_s=round(outcome.wait_s, 3),
             exchange_s=round(outcome.exchange_s, 3),
             compute_share=round(self.compute_share, 4),
+            data_wait_s=round(self.feed.waited_s, 3) if self.feed else 0.0,
+            train_s=round(self._compute_s, 3),
             digest=self.outer.digest.hex(),
             problem=outcome.problem,
         )

@@ -6,7 +6,7 @@ import ast
 import inspect
 import json
 import textwrap
-from dataclasses import fields
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from dtrain.trainer.manifest import SECTIONS, Manifest
@@ -47,4 +47,8 @@ def field_docs(kind: type[Any]) -> dict[str, str]:
 def _toml(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if is_dataclass(value) and not isinstance(value, type):
+        return "{ " + ", ".join(f"{key} = {_toml(inner)}" for key, inner in asdict(value).items()) + " }"
     return json.dumps(value)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
 
-from dtrain.trainer.data import Corpus
+from dtrain.trainer.data import Data
 from dtrain.trainer.exchange import ABSENT, Exchange
 from dtrain.trainer.inner import autocast
-from dtrain.trainer.model import GPT
 
 PROMPT_TOKENS = 48
 MAX_TOKENS = 160
@@ -35,26 +36,45 @@ class Sampler:
 
 
 @torch.no_grad()
-def write_sample(model: GPT, corpus: Corpus, round: int) -> tuple[str, str]:
+def write_sample(model: nn.Module, data: Data, round: int, context: int) -> tuple[str, str]:
     """(prompt, continuation): the prompt is evaluation text, another piece for every round.
 
-    The continuation is as long as `MAX_TOKENS` and `MAX_SECONDS` allow.
+    The continuation is as long as `MAX_TOKENS`, `MAX_SECONDS` and the model's `context` (in tokens) allow.
+    """
+    prompt = data.prompt(round, min(PROMPT_TOKENS, context // 2))
+    seconds = MAX_SECONDS
+    written = list(write(model, prompt, context, MAX_TOKENS, seconds, seed=round))
+    return data.tokenizer.decode(prompt), data.tokenizer.decode(written)
+
+
+@torch.no_grad()
+def write(
+    model: nn.Module,
+    prompt: Sequence[int],
+    context: int,
+    num_tokens: int,
+    seconds: float = math.inf,
+    *,
+    temperature: float = TEMPERATURE,
+    seed: int = 0,
+    vocab: int = 0,
+) -> Iterator[int]:
+    """Tokens that follow the prompt, one by one; the likeliest ones at temperature 0.
+
+    `vocab` bounds what is chosen, for a model that has more outputs than the tokenizer has tokens.
     """
     device = next(model.parameters()).device
-    context = model.config.seq_len
-    prompt_tokens = min(PROMPT_TOKENS, context // 2, len(corpus.eval))
-    start = round * 7919 % max(1, len(corpus.eval) - prompt_tokens)
-    prompt = torch.from_numpy(corpus.eval[start : start + prompt_tokens].astype("int64"))
-    generator = torch.Generator().manual_seed(round)  # the training's own random numbers stay as they are
-    tokens, until = prompt.clone(), time.monotonic() + MAX_SECONDS
-    while len(tokens) < prompt_tokens + MAX_TOKENS and time.monotonic() < until:
+    generator = torch.Generator().manual_seed(seed)  # the training's own random numbers stay as they are
+    tokens, until = torch.tensor(list(prompt)), time.monotonic() + seconds
+    for _ in range(num_tokens):
+        if time.monotonic() >= until:
+            return
         with autocast(device):
             logits = model(tokens[-context:].to(device)[None])[0, -1].float().cpu()
-        chosen = torch.multinomial(torch.softmax(logits / TEMPERATURE, 0), 1, generator=generator)
+        logits = logits[:vocab] if vocab else logits
+        if temperature:
+            chosen = torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=generator)
+        else:
+            chosen = logits.argmax(0, keepdim=True)
         tokens = torch.cat((tokens, chosen))
-    return _text(prompt), _text(tokens[prompt_tokens:])
-
-
-def _text(tokens: torch.Tensor) -> str:
-    """Byte tokens as text; bytes that are no UTF-8 become U+FFFD."""
-    return bytes(tokens.clamp(max=255).tolist()).decode("utf-8", "replace")
+        yield int(chosen)

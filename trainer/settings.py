@@ -34,7 +34,9 @@ class MachineSettings:
     sample_text: bool = False
     """Let theta write a line of text at evaluations, for those who watch the run; one worker of all does."""
     data: Path | None = None
-    """The text file to train on, where the run uses one."""
+    """This machine's copy of the data to train on, where it is local: a file, or a folder with all of them."""
+    tokenizer: Path | None = None
+    """This machine's copy of the tokenizer, where it is a file."""
     max_rounds: int = 0
     """Leave after the swarm has completed this many rounds in all; 0 = go on until stopped."""
     eval_every: int = 5

@@ -6,7 +6,6 @@ manifest -> data stream -> inner steps -> delta -> payload -> exchange -> aggreg
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,12 +16,13 @@ from dtrain.trainer.catchup import catch_up
 from dtrain.trainer.checkpoint import CheckpointStore
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
 from dtrain.trainer.control import Control
-from dtrain.trainer.data import Corpus, open_corpus
+from dtrain.trainer.data import Data, open_data
 from dtrain.trainer.delivery import Delivery, Training
 from dtrain.trainer.download import DownloadReport
 from dtrain.trainer.duty import Duty
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.exchange import ALONE, DONE, NO_GROUP, Exchange, Outcome
+from dtrain.trainer.feed import Feed
 from dtrain.trainer.feedback import ErrorFeedback, Feedback, take_over_residual
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.gathering import stay_for_the_rest, wait_for_start
@@ -51,7 +51,7 @@ class Worker:
         say: Say,
         *,
         clock: Clock = SYSTEM_CLOCK,
-        corpus: Corpus | None = None,
+        corpus: Data | None = None,
         control: Control | None = None,
         journal: Journal | None = None,
     ):
@@ -79,10 +79,12 @@ class Worker:
         self.outer = OuterLoop(manifest, self.local, self.codec, self.strategy)
         self.books = Books(journal or NoJournal(), self.outer, self.codec)
         self.inner = make_inner(self.model, manifest.train, self.strategy.collects)
-        self.corpus = corpus or open_corpus(manifest.data, settings.data)
+        self.corpus = corpus or open_data(manifest, settings.data, settings.tokenizer, say, self._stop)
+        self.feed = Feed(manifest, self.corpus, exchange, clock)
         self.store = CheckpointStore(settings.folder / "checkpoints", settings.keep_checkpoints)
         self.pacer = Pacer(manifest, exchange, clock)
         self.report = Reporter(settings.name, str(device), metrics, exchange, self.outer, say, clock)
+        self.report.feed = self.feed
         self.download = DownloadReport(metrics, say, clock)
         self._overlaps = manifest.exchange.overlap == "eager"
         self.sampler = Sampler()
@@ -166,7 +168,7 @@ class Worker:
         round = self.outer.round + (self._delivery is not None)
         pace = self.report.begin_round(round)
         losses = []
-        for x, y in self.batches(round):
+        for x, y in self.feed.batches(round):
             if self._stop.is_set() or self.pacer.is_over(pace):
                 break
             if pace.steps and self.control.held():
@@ -179,17 +181,6 @@ class Worker:
         loss = float(torch.stack(losses).mean()) if losses else 0.0
         self.report.end_training(pace)
         return Training(round, pace.tokens, loss)
-
-    def batches(self, round: int) -> Iterator[tuple[Tensor, Tensor]]:
-        config = self.manifest.train
-        return self.corpus.batches(
-            seed=config.seed,
-            run_id=self.manifest.run_id,
-            round=round,
-            peer_id=self.exchange.peer_id,
-            batch_size=config.batch_size,
-            seq_len=config.seq_len,
-        )
 
     def _encode(self, training: Training) -> bytes:
         """The contribution and the error feedback become a payload; what it leaves out stays in the feedback."""
@@ -276,7 +267,9 @@ class Worker:
         self.local.flat.copy_(self.outer.state.theta_flat)
         self.report.evaluated(evaluate(self.model, self.corpus, self.manifest.data, self.manifest.train))
         if self.settings.sample_text and self.sampler.is_due(self.exchange, self.clock.monotonic()):
-            self.report.sampled(*write_sample(self.model, self.corpus, self.outer.round))
+            self.report.sampled(
+                *write_sample(self.model, self.corpus, self.outer.round, self.manifest.model.seq_len)
+            )
         self.local.flat.copy_(kept)
 
     def _checkpoint(self) -> None:
@@ -312,3 +305,4 @@ class Worker:
         asked = self.control.finishing and not self._stop.is_set()
         self.report.stopped("finished, as you asked" if asked else self._stop_reason)
         self._courier.shutdown()
+        self.corpus.close()
