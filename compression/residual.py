@@ -7,6 +7,8 @@ own error feedback, divided by its own weight, and so delivers it with its next 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from dtrain.compression.codec import Codec
@@ -18,9 +20,14 @@ Piece = tuple[int, int, Tensor]
 class Residual:
     """One reducer's residual. Places are ranges of chunks that begin and end on boundaries of groups."""
 
-    def __init__(self, codec: Codec):
+    def __init__(self, codec: Codec, pieces: Sequence[Piece] = ()):
         self._codec = codec
-        self._pieces: list[Piece] = []
+        self._pieces: list[Piece] = list(pieces)
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        """All that is kept; no two overlap. Not to be changed."""
+        return self._pieces
 
     def draw(self, first_chunk: int, num_chunks: int, weight: float) -> Tensor:
         """What is kept for a place, as `Codec.reduce` takes it for contributions of that total weight; a copy."""
@@ -33,8 +40,21 @@ class Residual:
 
     def settle(self, first_chunk: int, num_chunks: int, weight: float, values: Tensor) -> None:
         """`Codec.reduce` has left `values` of a place over, and its aggregate counts."""
+        self._pieces = self.settled(first_chunk, num_chunks, weight, values)._pieces
+
+    def settled(self, first_chunk: int, num_chunks: int, weight: float, values: Tensor) -> Residual:
+        """What is kept once that aggregate counts, as another residual."""
         elsewhere, _ = self._divide(first_chunk, num_chunks)
-        self._pieces = [*elsewhere, (first_chunk, num_chunks, values * weight)]
+        return Residual(self._codec, [*elsewhere, (first_chunk, num_chunks, values * weight)])
+
+    def add(self, pieces: Sequence[Piece]) -> None:
+        """Keep these too, wherever they lie."""
+        for first_chunk, num_chunks, values in pieces:
+            elsewhere, _ = self._divide(first_chunk, num_chunks)
+            self._pieces = [
+                *elsewhere,
+                (first_chunk, num_chunks, self.draw(first_chunk, num_chunks, 1.0) + values),
+            ]
 
     def release(self, first_chunk: int = 0, num_chunks: int = 0) -> list[Piece]:
         """Everything that is kept for other places than this one; it is not kept here any more."""

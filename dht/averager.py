@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, AsyncIterator  # noqa: UP035  # hivemind recognizes streams by typing's AsyncIterator only
@@ -23,22 +22,21 @@ from hivemind.proto import averaging_pb2
 from hivemind.utils import get_dht_time
 
 from dtrain.compression.codec import Codec
-from dtrain.compression.residual import Residual
 from dtrain.dht.faults import FaultPlan, spoil_hello
+from dtrain.dht.groups import Groups
 from dtrain.dht.history import RoundHistory, RoundRecord, as_others_have_it, fetch_round
+from dtrain.dht.kept_residual import KeptResidual
 from dtrain.dht.matchmaking import RoundMatchmaking, Ticket
 from dtrain.dht.membership import Contribution, agree_on_members, pack_hello
 from dtrain.dht.reachability import CLIENT
 from dtrain.dht.rounds import RoundRunner
 from dtrain.dht.state_donor import StateDonor
-from dtrain.dht.streams import StreamError, answer, in_background, next_message, parse_header
+from dtrain.dht.streams import answer, in_background, next_message, parse_header
 from dtrain.dht.uplink import Uplink
 
 REQUEST_TIMEOUT_S = 3.0  # a leader that does not answer within this is passed over
 MIN_MATCHMAKING_S = 4.0  # must exceed the request timeout, or hivemind's search can deadlock
 LATE_S = 5.0  # a member this long after its round's timeout was frozen meanwhile
-GROUP_KNOWN_S = 5.0  # a groupmate may call us before our leader's word that the group exists has come
-KEPT_RUNNERS = 4  # slow groupmates may still ask for a span of the last few groups
 MAX_HEADER_SIZE_FIELD = 2**62  # sizes are judged where the blob is read
 
 Method = Callable[[AsyncIterator[BytesValue]], Awaitable[AsyncIterator[BytesValue]]]
@@ -76,6 +74,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         donor: StateDonor,
         *,
         reach: str,
+        residual: KeptResidual,
         faults: FaultPlan,
     ):
         super().__init__(
@@ -92,12 +91,11 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         self._reach = reach
         self.schema_hash = terms.manifest_hash  # peers of another manifest are refused while matchmaking
         self.history = RoundHistory()
-        self._runners: OrderedDict[bytes, RoundRunner] = OrderedDict()
+        self._groups = Groups()
         self._faults = faults
-        self._residual = Residual(codec)
+        self.residual = residual
         self._uplink = Uplink()
         self._own_span = (0, 0)  # of the newest round that came to an end
-        self._group_registered = asyncio.Condition()
 
     async def open(self, p2p: P2P) -> None:
         """Begin to answer other peers."""
@@ -145,6 +143,8 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         if str(self.peer_id) not in ids:
             self._running_groups[group.group_id].cancel()
             return RoundRecord(contribution.round, contribution.base_digest, ids, stale=True, wait_s=wait_s)
+        self.residual.forget()  # this round is the swarm's: no later one counted, nor did an earlier try at it
+        recompress = len(members) > self.terms.exact_up_to
         runner = RoundRunner(
             codec=self.codec,
             run=self.terms.run_tag,
@@ -154,7 +154,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             members=members,
             own_index=ids.index(str(self.peer_id)),
             payload=contribution.payload,
-            residual=None if len(members) <= self.terms.exact_up_to else self._residual,
+            residual=self.residual if recompress else None,
             call=lambda j, name: self.method(ids[j], name),
             round_timeout_s=self.terms.round_timeout_s,
             sender_timeout_s=self.terms.sender_timeout_s,
@@ -162,7 +162,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             disconnect=self._disconnect,
         )
         self._running_groups[group.group_id].set_result(runner)
-        await self._register(runner)
+        await self._groups.add(runner)
         with self._donor.upload.round_under_way():
             await runner.run()
         self._uplink.measure(runner.uploads)
@@ -170,9 +170,10 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         record = runner.record(wait_s=wait_s, exchange_s=time.monotonic() - started)
         if time.monotonic() > started + self.terms.round_timeout_s + LATE_S:
             record = await as_others_have_it(record, str(self.peer_id), self.codec, self.fetch_round)
-        elif record.aggregates:
-            self._own_span = (0, 0) if len(members) <= self.terms.exact_up_to else runner.settle()
+        if not record.stale:
+            await asyncio.to_thread(self.residual.judge, record.aggregates)
         if record.aggregates and not record.stale:  # else it was no round, to be handed on to nobody
+            self._own_span = runner.own_span if recompress else (0, 0)
             self.history.keep(record)
         return record
 
@@ -183,10 +184,19 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         self.history.keep(past)
         return past
 
-    def release_residual(self, *, all: bool) -> list[list[Any]]:
+    def release_residual(self, *, all: bool) -> dict[str, Any]:
         """See `trainer.exchange`; each piece as a list, its values as bytes."""
-        released = self._residual.release(*((0, 0) if all else self._own_span))
-        return [[first, count, values.numpy().tobytes()] for first, count, values in released]
+        released = self.residual.release(*((0, 0) if all else self._own_span))
+        pieces = [[first, count, values.numpy().tobytes()] for first, count, values in released]
+        return {"released": pieces, "num_handed": self.residual.num_handed}
+
+    async def judge_residual(self, round: int, fetch: Callable[[int], Awaitable[RoundRecord | None]]) -> None:
+        """Before `round`: find out whether an earlier one counted that we left before it was over."""
+        unsure = self.residual.unsure
+        if unsure is None or unsure.round >= round:
+            return
+        past = self.history.get(unsure.round) or await fetch(unsure.round)
+        await asyncio.to_thread(self.residual.judge, None if past is None else past.aggregates)
 
     async def run_alone(self, contribution: Contribution) -> RoundRecord:
         """A round of one: our own payload is the aggregate."""
@@ -199,6 +209,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             first_chunk=first,
             num_chunks=count,
         )
+        self.residual.forget()
         own, self._own_span = [str(self.peer_id)], (0, 0)
         record = RoundRecord(contribution.round, contribution.base_digest, own, own, [whole], [aggregate])
         self.history.keep(record)
@@ -207,24 +218,6 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
     def _disconnect(self, peer_id: str) -> None:
         """A planned fault: the connection to one peer breaks, with every stream in it."""
         in_background(self._p2p._client.disconnect(PeerID.from_base58(peer_id)))
-
-    async def _register(self, runner: RoundRunner) -> None:
-        async with self._group_registered:
-            self._runners[runner.group_id] = runner
-            while len(self._runners) > KEPT_RUNNERS:
-                self._runners.popitem(last=False)
-            self._group_registered.notify_all()
-
-    async def _runner_of(self, group_id: object) -> RoundRunner:
-        if not isinstance(group_id, bytes):
-            raise StreamError("no group id")
-        async with self._group_registered:
-            known = self._group_registered.wait_for(lambda: group_id in self._runners)
-            try:
-                await asyncio.wait_for(known, GROUP_KNOWN_S)
-            except asyncio.TimeoutError:
-                raise StreamError("unknown group") from None
-            return self._runners[group_id]
 
     # ------------------------------------------------------------------ calling and answering other peers
 
@@ -251,7 +244,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             nonlocal runner
             first = await next_message(stream, self.terms.sender_timeout_s)
             header = parse_header(first.value, MAX_HEADER_SIZE_FIELD)
-            runner = await self._runner_of(header.get("group"))
+            runner = await self._groups.get(header.get("group"))
             return await runner.serve_part(str(context.remote_id), header, stream)
 
         def on_sent(sent: int, total: int) -> None:
@@ -268,7 +261,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
 
         async def handle() -> Reply:
             header = await self._header(stream)
-            runner = await self._runner_of(header.get("group"))
+            runner = await self._groups.get(header.get("group"))
             return runner.serve_span(str(context.remote_id), header.get("span"))
 
         async for message in answer(stream, handle):

@@ -19,6 +19,7 @@ from dtrain.dht.state_files import Provider, State, StateFiles, Watch
 CONNECT_TIMEOUT_S = 60.0
 OPEN_TIMEOUT_S = 600.0  # on a machine's first run the codec is compiled meanwhile
 RESTARTED_S = 10.0  # how long a round waits for a new network process before it says so
+DIED = "its process ended unexpectedly"
 STATE_TIMEOUT_S = 24 * 3600.0
 
 
@@ -50,6 +51,8 @@ class DhtExchange:
         self._status: dict[str, Any] | None = None
         self._run: dict[str, Any] = {}
         self._released: list[tuple[int, int, bytes]] = []  # see release_residual
+        self._num_handed = 0  # hand-overs that have reached this process
+        self._num_saved: int | None = None  # and a checkpoint, once the worker has said so
         self._closing, self._open = threading.Event(), threading.Event()
         self._heartbeat_ttl_s = 0.0
         self.peer_id = ""
@@ -62,6 +65,7 @@ class DhtExchange:
         self._moved = ""
         self._rates = {"up_mbps": 0.0, "down_mbps": 0.0}
         self.process = NetworkProcess(self._hear, self._reply)
+        self.process.on_death = lambda: self.on_change("lost", DIED)
 
     def connect(self) -> None:
         """Wait until the network process stands in the DHT. Raises ExchangeError with a line for the user."""
@@ -119,6 +123,7 @@ class DhtExchange:
             "shapes": [[name, list(shape)] for name, shape in shapes],
             "pieces": list(pieces),
             "transfer_folder": str(self._state_files.folder),
+            "residual_folder": str(self._settings.identity.parent / "reducer"),
             "newcomer_mbps": self._settings.newcomer_mbps,
             "terms": {
                 "prefix": run_prefix(run_id, manifest_hash),
@@ -147,10 +152,12 @@ class DhtExchange:
         """A new network process takes the place of one that died: same identity, same run."""
         self._open.clear()
         self._past_traffic, self._traffic = self.traffic(), (0, 0)
-        reason, self._moved = self._moved or "the network process ended", ""
+        reason, self._moved = self._moved or DIED, ""
         self.connect()
         self.limit(**self._rates)
         self._enter_run()
+        if self._num_saved is not None:
+            self.process.command("residual_saved", saved=self._num_saved, held=self._num_handed)
         if self._status is not None:
             self.announce(self._status)  # reach and address may be others now
         self._open.set()
@@ -213,14 +220,27 @@ class DhtExchange:
             return []
         return [replace(view, age_s=view.age_s + passed) for view in views]
 
-    def release_residual(self, *, all: bool) -> Sequence[tuple[int, int, bytes]]:
+    def release_residual(self, *, all: bool) -> tuple[int, Sequence[tuple[int, int, bytes]]]:
         if all:
             try:
-                self._released += self.process.command("release_residual")
+                self._hand_over(self.process.command("release_residual"))
             except ExchangeError:
-                pass  # it went with the network process
+                pass  # it stays on the disk
         released, self._released = self._released, []
-        return [(first, count, values) for first, count, values in released]
+        return self._num_handed, [(first, count, values) for first, count, values in released]
+
+    def _hand_over(self, answer: dict[str, Any]) -> None:
+        self._released += answer.pop("released")
+        self._num_handed = answer.pop("num_handed")
+
+    def residual_saved(self, number: int) -> None:
+        if self._num_saved is None:  # the worker begins, with nothing in its memory but its checkpoint
+            self._num_handed = number
+        self._num_saved = number
+        try:
+            self.process.command("residual_saved", saved=number, held=self._num_handed)
+        except ExchangeError:
+            pass  # said again when the network process is back
 
     def run_round(self, *, round: int, base_digest: bytes, payload: bytes, weight: float) -> Outcome:
         contribution = {
@@ -232,7 +252,7 @@ class DhtExchange:
         while True:
             try:
                 answer = self.process.command("run_round", timeout_s=self._round_limit_s, **contribution)
-                self._released += answer.pop("released", [])
+                self._hand_over(answer)
                 return outcome_of(round, answer)
             except ConnectionLost as error:
                 self._closing.wait(RESTART_PAUSE_S)

@@ -31,6 +31,24 @@ from dataclasses import dataclass, replace
 from dtrain.dht.membership import Contribution
 
 STOPPED_S = 20.0
+# Run by a process of its own. Who kills the frozen worker ends the freeze: its network process sees that it is gone.
+THAW = """
+import os, signal, sys, time
+freeze_s, group, worker = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+
+def reach(send, target, number):
+    try:
+        send(target, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+until = time.monotonic() + freeze_s
+while time.monotonic() < until and reach(os.kill, worker, 0):
+    time.sleep(0.1)
+reach(os.killpg, group, signal.SIGCONT)
+reach(os.kill, worker, signal.SIGCONT)
+"""
 PIECE_BYTES = 2048  # with a plan, messages are cut smaller, so that there is a middle to fail in
 VARIABLE = "DTRAIN_FAULTS"
 
@@ -81,11 +99,8 @@ class FaultPlan:
     def _stop(self) -> None:
         """Freeze worker, network process and daemon, as closing a laptop does, and thaw them after a while."""
         group, worker = os.getpgid(0), self._worker_pid
-        thaw = (
-            f"import os, signal, time; time.sleep({STOPPED_S}); "
-            f"os.killpg({group}, signal.SIGCONT); os.kill({worker}, signal.SIGCONT)"
-        )
-        subprocess.Popen([sys.executable, "-c", thaw], start_new_session=True)
+        command = [sys.executable, "-c", THAW, str(STOPPED_S), str(group), str(worker)]
+        subprocess.Popen(command, start_new_session=True)
         os.kill(worker, signal.SIGSTOP)
         os.killpg(group, signal.SIGSTOP)
 

@@ -69,6 +69,10 @@ class RoundHistory:
             _, dropped = self._records.popitem(last=False)
             size -= sum(len(a) for a in dropped.aggregates)
 
+    def get(self, round: int) -> RoundRecord | None:
+        """A round that is kept here."""
+        return self._records.get(round)
+
     def reply(self, round: object) -> tuple[dict[str, Any], bytes]:
         """What a straggler gets that asks for `round`. Raises StreamError when it is not kept."""
         record = self._records.get(round) if isinstance(round, int) else None

@@ -58,6 +58,7 @@ class Rounds:
                     return {"verdict": "no-group", "problem": f"no group within {waited:.0f} s: {problem}"}
                 await asyncio.sleep(LOOK_AGAIN_S)
                 continue
+            await self._averager.judge_residual(contribution.round, self._past)
             if not self._heartbeats.active():
                 await self._heartbeats.refresh()  # heard of nobody: we may have been asleep
                 if self._heartbeats.active() or self._heartbeats.ahead():
@@ -97,6 +98,10 @@ class Rounds:
 
     async def fetch(self, round: int) -> Reply | None:
         """A past round from any peer that has it; everything in it checked."""
+        past = await self._past(round)
+        return None if past is None else _reply("done", past)
+
+    async def _past(self, round: int) -> RoundRecord | None:
         for record in self._heartbeats.donors():
             try:
                 past = await self._averager.fetch_round(record.peer_id, round)
@@ -105,7 +110,7 @@ class Rounds:
             except Exception as error:  # unreachable, or has it no more
                 logging.info("%s cannot give round %d: %r", record.peer_id, round, error)
             else:
-                return _reply("done", past)
+                return past
         return None
 
 

@@ -23,13 +23,14 @@ from hivemind.utils import get_dht_time
 from dtrain.compression.codec import Codec
 from dtrain.compression.spec import CodecSpec
 from dtrain.compression.warm_up import warm_up
-from dtrain.dht import ipc, manifests, notes, rendezvous, streams
+from dtrain.dht import manifests, notes, rendezvous, streams
 from dtrain.dht.averager import RunTerms, SwarmAverager
 from dtrain.dht.connection import attach
 from dtrain.dht.distance import Probe, measure_any
 from dtrain.dht.faults import PIECE_BYTES, FaultPlan
 from dtrain.dht.heartbeats import Heartbeats
 from dtrain.dht.identity import IdentityError, load_or_create
+from dtrain.dht.kept_residual import KeptResidual
 from dtrain.dht.matchmaking import LeaderBoard
 from dtrain.dht.meeting import Rounds
 from dtrain.dht.membership import Contribution
@@ -38,13 +39,14 @@ from dtrain.dht.reachability import CLIENT, DIRECT, Witness
 from dtrain.dht.streams import StreamError, in_background
 from dtrain.dht.transfer import StateTransfer
 from dtrain.dht.transport import Traffic, TransportError, patch_hivemind
+from dtrain.dht.worker_line import WorkerLine
 
-SNAPSHOT_TIMEOUT_S = 60.0
 # The worker's commands, each a method of NetworkPeer.
 COMMANDS = {
     *("connect", "distance", "find_manifests", "publish", "open_run", "limit", "observe", "announce"),
-    *("post", "read_notes", "run_round", "release_residual", "fetch_round", "fetch_state"),
+    *("post", "read_notes", "run_round", "release_residual", "residual_saved", "fetch_round", "fetch_state"),
 }
+REFUSALS = (TransportError, IdentityError, StreamError, NoSpace)  # their texts are for the user
 SHOW_PERIOD_S = 0.25
 LEAVE_S = 2.0  # longest wait for our last heartbeat on the way out
 
@@ -55,12 +57,10 @@ class NetworkPeer:
     """Carries out the worker's commands; one method per command, named in `COMMANDS`."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
-        self._reader, self._writer = reader, writer
+        self._worker = WorkerLine(reader, writer, REFUSALS)
         self._traffic = Traffic()
         self._private = Path()
         self._rendezvous_file: Path | None = None
-        self._asked: dict[int, asyncio.Future[Any]] = {}
-        self._next_question = 0
         self._tasks: list[asyncio.Task[Any]] = []
         self._moved = ""
         self._goodbye = "stopped"  # what we say on the way out, unless our worker says first that it leaves
@@ -69,46 +69,18 @@ class NetworkPeer:
     async def serve(self) -> None:
         """Serve the worker until it says "close" or is gone."""
         try:
-            while True:
-                message = await ipc.receive_async(self._reader)
-                if "answer" in message:
-                    answered = self._asked.pop(message["answer"])
-                    if not answered.done():  # an answer may come too late
-                        answered.set_result(message["value"])
-                elif message["do"] == "close":
-                    self._goodbye = "leaving"
-                    break
-                else:
-                    in_background(self._carry_out(message))
-        except EOFError:
-            pass
+            if await self._worker.serve(self._carry_out, self._carried_out):
+                self._goodbye = "leaving"
         finally:
             await self._clean_up()
 
-    async def _carry_out(self, message: ipc.Message) -> None:
-        try:
-            assert message["do"] in COMMANDS
-            value = await getattr(self, message["do"])(message["args"])
-            reply = {"id": message["id"], "value": value}
-        except (TransportError, IdentityError, StreamError, NoSpace) as error:
-            reply = {"id": message["id"], "error": str(error)}
-        except Exception as error:
-            logging.exception("command %s failed", message["do"])
-            reply = {"id": message["id"], "error": f"internal error: {error!r:.300}"}
+    async def _carry_out(self, command: str, args: Args) -> Any:
+        assert command in COMMANDS
+        return await getattr(self, command)(args)
+
+    def _carried_out(self) -> None:
         if self._opened.is_set():
             self._show_swarm()  # with the bytes that the command cost
-        self._send(reply)
-
-    def _send(self, message: ipc.Message) -> None:
-        if not self._writer.is_closing():
-            self._writer.write(ipc.encode(message))
-
-    async def _ask_worker(self, question: str) -> Any:
-        self._next_question += 1
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._asked[self._next_question] = future
-        self._send({"ask": question, "id": self._next_question})
-        return await asyncio.wait_for(future, SNAPSHOT_TIMEOUT_S)
 
     # ------------------------------------------------------------------ commands
 
@@ -129,7 +101,7 @@ class NetworkPeer:
         )
         self._p2p, self._node = self._connection.p2p, self._connection.node
         # Without it we are deaf: end, and be restarted.
-        in_background(self._p2p._child.wait()).add_done_callback(lambda _: self._writer.close())
+        in_background(self._p2p._child.wait()).add_done_callback(lambda _: self._worker.close())
         if self._connection.reach == DIRECT:
             await Witness(self._p2p, self._seen_addresses).open()
             await Probe(self._p2p).open()
@@ -173,8 +145,8 @@ class NetworkPeer:
             Path(args["transfer_folder"]),
             args["newcomer_mbps"],
             heartbeats=self._heartbeats,
-            ask_worker=self._ask_worker,
-            tell_worker=self._send,
+            ask_worker=self._worker.ask,
+            tell_worker=self._worker.send,
         )
         self._averager = SwarmAverager(
             terms,
@@ -182,6 +154,9 @@ class NetworkPeer:
             LeaderBoard(self._node.peer_id, self._heartbeats),
             self._transfer.donor,
             reach=self._connection.reach,
+            residual=await asyncio.to_thread(
+                KeptResidual, self._codec, terms.manifest_hash, Path(args["residual_folder"])
+            ),
             faults=faults,
         )
         await self._averager.open(self._p2p)
@@ -243,14 +218,18 @@ class NetworkPeer:
         """Take part in a round; the reply's "verdict" is one of trainer/exchange.py's."""
         await self._opened.wait()  # after a restart the worker may ask before it has had us open the run
         contribution = Contribution(args["round"], args["base_digest"], args["payload"], args["weight"])
-        return {
-            **await self._rounds.run(contribution),
-            "released": self._averager.release_residual(all=False),
-        }
+        verdict = await self._rounds.run(contribution)
+        return {**verdict, **self._averager.release_residual(all=False)}
 
-    async def release_residual(self, args: Args) -> list[list[Any]]:
+    async def release_residual(self, args: Args) -> Args:
         """What we keep for everybody as a reducer; from now on the worker does."""
         return self._averager.release_residual(all=True)
+
+    async def residual_saved(self, args: Args) -> None:
+        """Hand-overs up to `saved` are in a checkpoint, those up to `held` in the worker's memory at least."""
+        await self._opened.wait()
+        self._averager.residual.saved(args["saved"])
+        self._averager.residual.take_back(args["held"])
 
     async def fetch_round(self, args: Args) -> Args | None:
         """A past round from any peer that has it; everything in it checked."""
@@ -272,8 +251,8 @@ class NetworkPeer:
     async def _watch_connection(self) -> None:
         """When it is lost, tell the worker why and end; it starts us again, with the same identity."""
         self._moved = await self._connection.lost()
-        self._send({"event": "moved", "reason": self._moved})
-        self._writer.close()
+        self._worker.send({"event": "moved", "reason": self._moved})
+        self._worker.close()
 
     async def _watch_swarm(self) -> None:
         poll = asyncio.create_task(self._heartbeats.poll())
@@ -285,7 +264,9 @@ class NetworkPeer:
     def _show_swarm(self) -> None:
         now, others = get_dht_time(), self._heartbeats.others()
         peers = [[r.peer_id, dict(r.status), now - r.heard] for r in others]
-        self._send({"event": "swarm", "peers": peers, "traffic": [self._traffic.up, self._traffic.down]})
+        self._worker.send(
+            {"event": "swarm", "peers": peers, "traffic": [self._traffic.up, self._traffic.down]}
+        )
 
     async def _clean_up(self) -> None:
         """Say goodbye if there is time, end the daemon, remove every file of ours."""

@@ -52,6 +52,9 @@ class NetworkProcess:
     def __init__(self, on_event: Callable[[ipc.Message], None], on_question: Callable[[str], Any]):
         self._on_event, self._on_question = on_event, on_question
         self.set_up: Callable[[], None] | None = None
+        self.on_death: Callable[[], None] = lambda: (
+            None
+        )  # told at once when a child that was set up ends unasked
         self._send_lock = threading.Lock()
         self._pending: dict[int, _Pending] = {}
         self._next_id = 0
@@ -122,6 +125,8 @@ class NetworkProcess:
         for number in list(self._pending):
             self._pending.pop(number).done.set()  # their reply stays "lost"
         if self.set_up is not None and not self._closing.is_set():
+            if connection is self._connection and not self.ends_on_purpose:
+                self.on_death()
             threading.Thread(
                 target=self._restart, args=(connection,), daemon=True, name="network-restart"
             ).start()
@@ -167,8 +172,6 @@ class NetworkProcess:
             if self._closing.is_set():
                 return False
             self._bury()
-            if not self.ends_on_purpose:
-                logging.warning("the network process ended unexpectedly; starting it again")
             self.ends_on_purpose = False
             self._start()
             return True

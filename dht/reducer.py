@@ -6,10 +6,8 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
 from dtrain.compression.codec import Codec
-from dtrain.compression.residual import Residual
+from dtrain.dht.kept_residual import KeptResidual
 from dtrain.dht.membership import Member
 
 RECONNECT_S = 1.5  # how long a sender whose connection broke may take to come back
@@ -32,7 +30,7 @@ class SpanReducer:
         *,
         run: bytes,
         round: int,
-        residual: Residual | None,
+        residual: KeptResidual | None,
         report: Callable[[str], None],
         reduced: Callable[[], object],
     ):
@@ -40,9 +38,6 @@ class SpanReducer:
         self._run, self._round, self._residual = run, round, residual
         self._report, self._reduced = report, reduced
         self.aggregate: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._left_over: tuple[float, Tensor] | None = (
-            None  # weight of the sum, what the aggregate left out of it
-        )
         self._inbox: dict[int, bytes] = {}
         self._inbox_changed = asyncio.Event()
         self._active = set(range(len(members)))  # senders whose section may still come
@@ -86,7 +81,6 @@ class SpanReducer:
 
     async def reduce(self, patience_s: float) -> None:
         """Wait for the sections, at most so long for silent senders; the sum is in `aggregate` then."""
-        first, count = self.span
         timeout = asyncio.get_running_loop().call_later(patience_s, self._drop_the_slow, patience_s)
         try:
             while not self._active <= self._inbox.keys():
@@ -96,28 +90,27 @@ class SpanReducer:
             timeout.cancel()
         sections = [(i, self._members[i].weight, self._inbox[i]) for i in sorted(self._active)]
         self._inbox, self._active = {}, set()
-        residual = None
-        if self._residual is not None:
-            weight = math.fsum(weight for _, weight, _ in sections)
-            residual = self._residual.draw(first, count, weight)
-            self._left_over = weight, residual
-        aggregate = await asyncio.to_thread(
-            self._codec.reduce,
+        aggregate = await asyncio.to_thread(self._sum, sections)
+        self._reduced()
+        if not self.aggregate.done():
+            self.aggregate.set_result(aggregate)
+
+    def _sum(self, sections: Sequence[tuple[int, float, bytes]]) -> bytes:
+        """The span's aggregate. What it leaves out of the sum is on our disk before anybody has the aggregate."""
+        first, count = self.span
+        weight = math.fsum(weight for _, weight, _ in sections)
+        left_over = None if self._residual is None else self._residual.draw(first, count, weight)
+        aggregate = self._codec.reduce(
             sections,
-            residual=residual,
+            residual=left_over,
             run=self._run,
             round=self._round,
             first_chunk=first,
             num_chunks=count,
         )
-        self._reduced()
-        if not self.aggregate.done():
-            self.aggregate.set_result(aggregate)
-
-    def settle(self) -> None:
-        """The aggregate counts: what it left out is the residual from now on."""
-        if self._residual is not None and self._left_over is not None:
-            self._residual.settle(*self.span, *self._left_over)
+        if self._residual is not None and left_over is not None:
+            self._residual.reduced(self._round, self.span, weight, left_over, aggregate)
+        return aggregate
 
     # ------------------------------------------------------------------ who has the result
 

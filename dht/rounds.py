@@ -15,9 +15,9 @@ from google.protobuf.wrappers_pb2 import BytesValue
 
 from dtrain.compression.codec import Codec
 from dtrain.compression.errors import PayloadError
-from dtrain.compression.residual import Residual
 from dtrain.dht.faults import FaultPlan
 from dtrain.dht.history import RoundRecord
+from dtrain.dht.kept_residual import KeptResidual
 from dtrain.dht.membership import Member
 from dtrain.dht.parts import RETRY_PAUSE_S, CallPeer, Parts
 from dtrain.dht.reducer import SpanReducer
@@ -41,7 +41,7 @@ class RoundRunner:
         members: Sequence[Member],
         own_index: int,
         payload: bytes,
-        residual: Residual | None,
+        residual: KeptResidual | None,
         call: CallPeer,
         round_timeout_s: float,
         sender_timeout_s: float,
@@ -105,10 +105,9 @@ class RoundRunner:
             self._parts.lose(self.own_index)
             self._problems.append("our span's aggregate reached nobody")
 
-    def settle(self) -> tuple[int, int]:
-        """The round counts: keep what our aggregate left out. Returns our span."""
-        if self.own_index in self._parts.held:
-            self._reducer.settle()
+    @property
+    def own_span(self) -> tuple[int, int]:
+        """The one that this member reduces."""
         return self.spans[self.own_index]
 
     def record(self, *, wait_s: float, exchange_s: float) -> RoundRecord:

@@ -80,9 +80,12 @@ class MemoryExchange:
         """See `Exchange`."""
         return self._swarm.run_round(round, Contribution(self._peer_id, base_digest, payload, weight))
 
-    def release_residual(self, *, all: bool) -> Sequence[tuple[int, int, bytes]]:
+    def release_residual(self, *, all: bool) -> tuple[int, Sequence[tuple[int, int, bytes]]]:
+        """See `Exchange`. Hand-overs are not counted: nothing here outlives its process."""
+        return 0, self._swarm.release_residual(self._peer_id, all=all)
+
+    def residual_saved(self, number: int) -> None:
         """See `Exchange`."""
-        return self._swarm.release_residual(self._peer_id, all=all)
 
     def fetch_round(self, round: int) -> Outcome | None:
         """See `Exchange`. Of several histories, the one that most workers share."""

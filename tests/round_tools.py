@@ -14,11 +14,11 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from stream_tools import Call, Handler, Line, Messages, settled
 
 from dtrain.compression.codec import Codec
-from dtrain.compression.residual import Residual
 from dtrain.compression.spec import CodecSpec
 from dtrain.dht import parts, reducer, rounds, streams
 from dtrain.dht.faults import FaultPlan
 from dtrain.dht.history import RoundRecord
+from dtrain.dht.kept_residual import KeptResidual
 from dtrain.dht.membership import Member
 from dtrain.dht.rounds import RoundRunner
 from dtrain.dht.streams import Header, StreamError, answer, ask, messages, next_message, parse_header
@@ -90,7 +90,7 @@ class Group:
         self.line, self.played = Line(), played
         self.members = [Member(f"peer{i}", 100.0 + i, i not in indirect) for i in range(num)]
         self.payloads = [make_payload(i) for i in range(num)]
-        self.residuals = [Residual(CODEC) if recompress else None for _ in range(num)]
+        self.residuals = [KeptResidual(CODEC, RUN) if recompress else None for _ in range(num)]
         self.faults: dict[tuple[int, int, str], Fault | None] = {}
         """By (caller, callee, method): what becomes of the callee's handler; None = it cannot be reached."""
         self.runners = [
@@ -149,13 +149,19 @@ class Group:
     def section(self, sender: int, reducer: int) -> bytes:
         return CODEC.cut(self.payloads[sender], *self.spans[reducer])
 
-    async def run(self) -> list[RoundRecord]:
-        """Let all honest members run; their records in order."""
+    async def meet(self) -> list[RoundRecord]:
+        """Let all honest members run; their records in order. No residual knows yet whether the round counts."""
         await asyncio.wait_for(asyncio.gather(*(self.runners[i].run() for i in self.honest)), PATIENCE_S)
         await settled(self.line)
-        for i in self.honest:
-            self.runners[i].settle()
         return [self.runners[i].record(wait_s=0.0, exchange_s=0.0) for i in self.honest]
+
+    async def run(self) -> list[RoundRecord]:
+        """The same to its end."""
+        records = await self.meet()
+        for i, record in zip(self.honest, records, strict=True):
+            if (residual := self.residuals[i]) is not None:
+                residual.judge(record.aggregates)
+        return records
 
     def check(self, records: Sequence[RoundRecord]) -> None:
         """One set of aggregates for all, and delivered + kept = produced, weighted, summed over the honest."""

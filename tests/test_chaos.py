@@ -46,6 +46,7 @@ CASES = [
     *(("section", kind) for kind in ("garbage", "nan", "wrong-shape", "stale-round")),
     *(("aggregate", kind) for kind in ("garbage", "wrong-shape", "weight")),
 ]
+TAKEN_UP = "taken up: what this machine owes as a reducer"
 IN_CI = ("half-sent", "kill")
 IN_A_ROW = [("section", "nan", 2), ("half-delivered", "close", 4), ("reduced", "stop", 6)]
 
@@ -56,9 +57,12 @@ def run(tmp_path: Path) -> Iterator[Swarm]:
         yield made
 
 
-def start(run: Swarm, name: str, faults: list[dict[str, object]]) -> WorkerProcess:
+def start(
+    run: Swarm, name: str, faults: list[dict[str, object]], log_level: str = "WARNING"
+) -> WorkerProcess:
     flags = ("--config", str(run.base / "run.toml"), "--eval-every", "0", "--audit")
-    return run.start(name, *flags, env={VARIABLE: json.dumps(faults)})
+    env = {VARIABLE: json.dumps(faults), "DTRAIN_LOG_LEVEL": log_level}
+    return run.start(name, *flags, env=env)
 
 
 def inject(run: Swarm, *planned: tuple[str, str, int]) -> None:
@@ -80,8 +84,11 @@ def inject(run: Swarm, *planned: tuple[str, str, int]) -> None:
     check_one_theta([*honest, faulty])
     check_nothing_is_lost(honest)
     check_time(honest)
-    if "kill" not in {kind for _, kind, _ in planned}:
-        check_comes_back(honest[0], faulty, last_round)
+    if "kill" in {kind for _, kind, _ in planned}:
+        faulty = start(run, "d", [], "INFO")
+    check_comes_back(honest[0], faulty, last_round)
+    if points & {"reduced", "half-delivered"} and faulty is not run.workers[3]:
+        assert TAKEN_UP in faulty.log.read_text(), "what it owed as a reducer is lost"
 
 
 def check_one_theta(workers: list[WorkerProcess]) -> None:
@@ -117,7 +124,7 @@ def check_time(workers: list[WorkerProcess]) -> None:
 
 
 def check_comes_back(honest: WorkerProcess, faulty: WorkerProcess, fault_round: int) -> None:
-    """A worker that is not dead contributes again, with everybody's theta."""
+    """A worker that is not dead, or was started again, contributes again, with everybody's theta."""
     peer_id = faulty.events("start")[0]["peer_id"]
     seen = honest.events("round")[-1]["round"]
     back = honest.wait_for("round", lambda e: e["round"] > fault_round + 1 and peer_id in e["contributors"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from dtrain.trainer.signing import SignedManifest
 from dtrain.trainer.worker import Worker
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.xdist_group("processes")]
+NOTICED_S = 2.0  # after the death of a network process, until the worker knows
 SMALL = ("--preset", "tiny", "--inner-steps", "2", "--batch-size", "2", "--eval-every", "0")
 
 
@@ -133,17 +135,24 @@ def test_the_others_go_on_when_a_worker_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("which", ["dtrain.dht.peer", "p2pd"])
 def test_a_dead_network_process_is_replaced(which: str, tmp_path: Path) -> None:
-    """When the network process or its daemon is killed the worker starts it again, with the same identity, and goes
-    on."""
+    """A killed network process or daemon is noticed, and another one started, within 2 s; it has the same identity, and
+    the worker goes on."""
     with swarm("heal", tmp_path) as run:
         workers = [run.start(name, *SMALL, "--start-workers", "2") for name in ("a", "b")]
         workers[0].wait_for_round(2)
-        network = next(p for p in workers[0].children() if which in " ".join(p.cmdline()))
-        network.kill()
+        before = workers[0].children()
+        next(p for p in before if which in " ".join(p.cmdline())).kill()
+        killed, peer_id = time.time(), workers[0].events("start")[0]["peer_id"]
+        lost = workers[0].wait_for("network", lambda event: event["state"] == "lost")
+        assert lost["time"] - killed < NOTICED_S
+        workers[0].wait_for("network", lambda event: event["state"] == "back")
+        begun = [p.create_time() for p in workers[0].children() if p not in before]
+        assert len(begun) == 2 and min(begun) - killed < NOTICED_S
         done = workers[0].events("round")[-1]["round"]
         both = workers[0].wait_for(
             "round", lambda event: event["round"] > done + 1 and len(event["contributors"]) == 2
         )
+        assert peer_id in both["contributors"]
         workers[1].wait_for_round(both["round"])
         assert_one_theta(workers, 2)
 

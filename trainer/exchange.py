@@ -175,11 +175,18 @@ class Exchange(Protocol):
     def run_round(self, *, round: int, base_digest: bytes, payload: bytes, weight: float) -> Outcome:
         """Join `round` with `payload` (weight in tokens) and return when the round is over for this worker."""
 
-    def release_residual(self, *, all: bool) -> Sequence[tuple[int, int, bytes]]:
+    def release_residual(self, *, all: bool) -> tuple[int, Sequence[tuple[int, int, bytes]]]:
         """What this worker, as a reducer, still keeps for everybody in places where it reduces no more (or anywhere).
 
-        Returns (first chunk, number of chunks, weight * value of their elements in chunk order, fp32); the weight is
-        in tokens. From now on it is the caller's to deliver.
+        Returns the number of hand-overs so far, and (first chunk, number of chunks, weight * value of their elements
+        in chunk order, fp32) of those that are new; the weight is in tokens. From now on it is the caller's to deliver.
+        """
+
+    def residual_saved(self, number: int) -> None:
+        """That many hand-overs are in this worker's newest checkpoint.
+
+        Said first when the worker begins: what was handed over later went with the process that got it, and is this
+        worker's to deliver as a reducer again.
         """
 
     def fetch_round(self, round: int) -> Outcome | None:

@@ -82,11 +82,14 @@ class ErrorFeedback:
         self._kept.copy_(stored)
 
 
-def take_over_residual(exchange: Exchange, feedback: Feedback, weight: float, *, all: bool = False) -> None:
+def take_over_residual(exchange: Exchange, feedback: Feedback, weight: float, *, all: bool = False) -> int:
     """What we kept for everybody as a reducer, and will not reduce again, is delivered with our own payloads.
 
-    Others' payloads stood behind it too, so it has to outweigh ours, whose weight is given in tokens.
+    Others' payloads stood behind it too, so it has to outweigh ours, whose weight is given in tokens. Returns the
+    number of hand-overs so far.
     """
-    for first_chunk, num_chunks, weighted in exchange.release_residual(all=all):
+    number, pieces = exchange.release_residual(all=all)
+    for first_chunk, num_chunks, weighted in pieces:
         values = torch.frombuffer(bytearray(weighted), dtype=torch.float32)
         feedback.take_over(first_chunk, num_chunks, values / weight)
+    return number

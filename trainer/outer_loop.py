@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,9 +124,8 @@ class OuterLoop:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def checkpoint(self, tensors: dict[str, Tensor], own_tokens: int | None = None) -> Checkpoint:
-        """A checkpoint of theta with these tensors beside it."""
-        extra = {} if own_tokens is None else {"own_tokens": own_tokens}
+    def checkpoint(self, tensors: dict[str, Tensor], extra: dict[str, Any]) -> Checkpoint:
+        """A checkpoint of theta with these tensors and values beside it."""
         return Checkpoint(self.round, self.tokens, self.digest, self._manifest_hash, tensors, extra)
 
     def shared_tensors(self) -> dict[str, Tensor]:

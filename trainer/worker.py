@@ -13,25 +13,24 @@ from torch import Tensor
 from dtrain.compression.codec import Codec
 from dtrain.trainer.audit import AuditedFeedback
 from dtrain.trainer.catchup import catch_up
-from dtrain.trainer.checkpoint import CheckpointStore
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
 from dtrain.trainer.control import Control
 from dtrain.trainer.data import Data, open_data
 from dtrain.trainer.delivery import Delivery, Training
 from dtrain.trainer.download import DownloadReport
 from dtrain.trainer.duty import Duty
-from dtrain.trainer.errors import RunError
 from dtrain.trainer.exchange import ALONE, DONE, NO_GROUP, Exchange, Outcome
 from dtrain.trainer.feed import Feed
-from dtrain.trainer.feedback import ErrorFeedback, Feedback, take_over_residual
+from dtrain.trainer.feedback import ErrorFeedback, Feedback
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.gathering import stay_for_the_rest, wait_for_start
 from dtrain.trainer.inner import evaluate, make_inner
 from dtrain.trainer.journal import Books, Journal, NoJournal
+from dtrain.trainer.keeping import Keeper
 from dtrain.trainer.manifest import Manifest
 from dtrain.trainer.metrics import Metrics
 from dtrain.trainer.model import GPT
-from dtrain.trainer.outer_loop import OuterLoop, named, part
+from dtrain.trainer.outer_loop import OuterLoop
 from dtrain.trainer.pacing import Pacer
 from dtrain.trainer.reporting import Reporter, Say
 from dtrain.trainer.sampling import Sampler, write_sample
@@ -81,16 +80,17 @@ class Worker:
         self.inner = make_inner(self.model, manifest.train, self.strategy.collects)
         self.corpus = corpus or open_data(manifest, settings.data, settings.tokenizer, say, self._stop)
         self.feed = Feed(manifest, self.corpus, exchange, clock)
-        self.store = CheckpointStore(settings.folder / "checkpoints", settings.keep_checkpoints)
         self.pacer = Pacer(manifest, exchange, clock)
         self.report = Reporter(settings.name, str(device), metrics, exchange, self.outer, say, clock)
         self.report.feed = self.feed
+        self.keeper = Keeper(
+            settings, exchange, self.outer, self.feedback, self.inner, self.report, self.books
+        )
         self.download = DownloadReport(metrics, say, clock)
         self._overlaps = manifest.exchange.overlap == "eager"
         self.sampler = Sampler()
         self._courier = clock.courier()
         self._delivery: Delivery | None = None
-        self._weight = 0  # of our newest payload, in tokens
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end after the inner step or the exchange that is under way. Safe from any thread."""
@@ -124,14 +124,8 @@ class Worker:
     def _join(self) -> None:
         began, source = self.clock.monotonic(), "fresh"
         self.report.state("joining")
-        checkpoint = self.store.newest(self.manifest.hash)
-        if checkpoint is not None:
-            self.outer.replace(checkpoint)
-            self.feedback.load_state_dict(part(checkpoint.tensors, "feedback"))
-            self.inner.load_state_dict(part(checkpoint.tensors, "inner"))
-            self.report.tokens = int(checkpoint.extra.get("own_tokens", 0))
+        if self.keeper.restore(self.manifest.hash):
             source = "checkpoint"
-            self.books.note("loaded")
         self.report.announce()
         self.exchange.serve_state(self.outer.give)
         if self._catch_up():
@@ -154,7 +148,7 @@ class Worker:
     def _hold(self) -> None:
         """Stand aside, with nothing under way, until this machine may train again; others still get state from us."""
         self._settle()
-        self._checkpoint()
+        self.keeper.save()
         self.report.state("paused")
         if self.duty.hold(self._is_over, self.report.say):
             self._catch_up()
@@ -218,8 +212,7 @@ class Worker:
         outcome = self.report.waiting_for(delivery.outcome)
         if outcome.verdict in (DONE, ALONE):
             self.feedback.give_back(delivery.payload, outcome.undelivered)
-            self._weight = delivery.training.tokens
-            take_over_residual(self.exchange, self.feedback, self._weight)
+            self.keeper.take_over_residual(delivery.training.tokens)
             all_tokens = self.outer.step(outcome.aggregates)
             self.books.settled(outcome, delivery.payload, outcome.undelivered)
             self._move_local(delivery.base)
@@ -250,8 +243,7 @@ class Worker:
         every, round = self.settings.eval_every, self.outer.round
         if every and (round % every == 0 or round == self.settings.max_rounds):
             self._evaluate()
-        if self.settings.checkpoint_every and round % self.settings.checkpoint_every == 0:
-            self._checkpoint()
+        self.keeper.save_if_due()
 
     # ------------------------------------------------------------------ helpers of the stages
 
@@ -272,20 +264,6 @@ class Worker:
             )
         self.local.flat.copy_(kept)
 
-    def _checkpoint(self) -> None:
-        if not self.settings.checkpoint_every:
-            return
-        tensors = {
-            **self.outer.shared_tensors(),
-            **named("feedback", self.feedback.state_dict()),
-            **named("inner", self.inner.state_dict()),
-        }
-        try:
-            self.store.save(self.outer.checkpoint(tensors, self.report.tokens))
-            self.books.note("saved")
-        except RunError as error:  # a full disk must not end the training
-            self.report.say(f"{error}; training goes on, the previous checkpoint is intact")
-
     # ------------------------------------------------------------------ leaving
 
     def _is_over(self) -> bool:
@@ -299,8 +277,7 @@ class Worker:
             self.report.state("finished")
             stay_for_the_rest(self.outer, self.exchange, self._stop, self.clock)
         self.report.state("leaving")
-        take_over_residual(self.exchange, self.feedback, self._weight, all=True)
-        self._checkpoint()
+        self.keeper.save(leaving=True)
         self.books.note("left")
         asked = self.control.finishing and not self._stop.is_set()
         self.report.stopped("finished, as you asked" if asked else self._stop_reason)

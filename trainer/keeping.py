@@ -1,0 +1,87 @@
+"""What a worker keeps on its disk, and how it goes on from there: theta, error feedback, the inner optimizer's state,
+and how much of what it owes as a reducer is in that feedback.
+"""
+
+from __future__ import annotations
+
+from dtrain.trainer.checkpoint import CheckpointStore
+from dtrain.trainer.errors import RunError
+from dtrain.trainer.exchange import Exchange
+from dtrain.trainer.feedback import Feedback, take_over_residual
+from dtrain.trainer.inner import Inner
+from dtrain.trainer.journal import Books
+from dtrain.trainer.outer_loop import OuterLoop, named, part
+from dtrain.trainer.reporting import Reporter
+from dtrain.trainer.settings import MachineSettings
+
+HANDED = "residual_handed"
+
+
+class Keeper:
+    """Saves and restores one worker."""
+
+    def __init__(
+        self,
+        settings: MachineSettings,
+        exchange: Exchange,
+        outer: OuterLoop,
+        feedback: Feedback,
+        inner: Inner,
+        report: Reporter,
+        books: Books,
+    ):
+        self._every = settings.checkpoint_every
+        self._exchange, self._outer, self._feedback, self._inner = exchange, outer, feedback, inner
+        self._report, self._books = report, books
+        self._store = CheckpointStore(settings.folder / "checkpoints", settings.keep_checkpoints)
+        self._weight = 0  # of our newest payload, in tokens
+        self._num_handed = 0  # of the residual's hand-overs that are in the feedback
+
+    def restore(self, manifest_hash: bytes) -> bool:
+        """Go on from the newest checkpoint; False if there is none. UsageError if they are another run's."""
+        checkpoint = self._store.newest(manifest_hash)
+        if checkpoint is not None:
+            self._outer.replace(checkpoint)
+            self._feedback.load_state_dict(part(checkpoint.tensors, "feedback"))
+            self._inner.load_state_dict(part(checkpoint.tensors, "inner"))
+            self._report.tokens = int(checkpoint.extra.get("own_tokens", 0))
+            self._num_handed = int(checkpoint.extra.get(HANDED, 0))
+            self._books.note("loaded")
+        self._exchange.residual_saved(self._num_handed)
+        return checkpoint is not None
+
+    def take_over_residual(self, tokens: int) -> None:
+        """Our payload of that weight is through: what we owe as a reducer elsewhere goes with the next ones."""
+        self._weight = tokens or self._weight
+        if self._weight:
+            self._take_over(all=False)
+            if not self._every:  # there will be no checkpoint
+                self._exchange.residual_saved(self._num_handed)
+
+    def _take_over(self, *, all: bool) -> None:
+        self._num_handed = take_over_residual(self._exchange, self._feedback, self._weight, all=all)
+
+    def save_if_due(self) -> None:
+        """A checkpoint every so many rounds."""
+        if self._every and self._outer.round % self._every == 0:
+            self.save()
+
+    def save(self, *, leaving: bool = False) -> None:
+        """A checkpoint now, unless the user wants none. Who leaves owes nothing as a reducer any more."""
+        if not self._every:
+            return
+        if leaving and self._weight:
+            self._take_over(all=True)
+        tensors = {
+            **self._outer.shared_tensors(),
+            **named("feedback", self._feedback.state_dict()),
+            **named("inner", self._inner.state_dict()),
+        }
+        extra = {"own_tokens": self._report.tokens, HANDED: self._num_handed}
+        try:
+            self._store.save(self._outer.checkpoint(tensors, extra))
+        except RunError as error:  # a full disk must not end the training
+            self._report.say(f"{error}; training goes on, the previous checkpoint is intact")
+        else:
+            self._books.note("saved")
+            self._exchange.residual_saved(self._num_handed)
