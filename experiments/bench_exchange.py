@@ -9,33 +9,34 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
 
 from dtrain.compression.errors import CompressionError
 from dtrain.compression.spec import CodecSpec
+from dtrain.experiments.bench_exchange_light import light_row
 from dtrain.experiments.bench_exchange_report import (
     IMPLEMENTATIONS,
     PeerRound,
     Row,
     comparison,
+    growth,
     machine,
     make_row,
     make_table,
 )
 from dtrain.experiments.bench_exchange_swarm import Swarm, Terms, background
+from dtrain.experiments.scratch import scratch_folder
+from dtrain.experiments.signals import signals_interrupt
 from dtrain.trainer.config import ExchangeConfig
 from dtrain.trainer.errors import UsageError
 
 DEFAULT_PEERS = "2,4,8"
+LIGHT_PEERS = "4,8,16"
 DEFAULT_PARAMS = 5e6
 MIN_PARAMS = 4096
 AT_REST_S = 10.0
@@ -50,6 +51,9 @@ daemon and gets from it, DHT and heartbeats included. The implementations take t
   hivemind-float16  stock hivemind's DecentralizedAverager with Float16 compression
   all-gather        the same payloads as dtrain's, everyone's to everyone
 
+Then groups of --light-peers without processes: the bytes of the exchange itself,
+with sums compressed again, to see that they do not grow with the group.
+
 8 peers of each need about 16 GB of memory.
 """
 
@@ -59,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.formatter_class = DESCRIPTION, argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--peers", default=DEFAULT_PEERS, metavar="N,N", help=f"numbers of peers (default {DEFAULT_PEERS})"
+    )
+    parser.add_argument(
+        "--light-peers",
+        default=LIGHT_PEERS,
+        metavar="N,N",
+        help=f"numbers of peers to count bytes for in memory, or none (default {LIGHT_PEERS})",
     )
     parser.add_argument(
         "--params",
@@ -96,14 +106,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 0 unless a peer failed. Raises UsageError, or RunError with what a peer said last."""
-    comparisons, implementations = _check(args)
+    comparisons, implementations, light = _check(args)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     rows: list[Row] = []
-    with _signals_interrupt(), _scratch_folder() as base:
+    with signals_interrupt(), scratch_folder("bench") as base:
         for terms in comparisons:
             rows += _compare(terms, implementations, args.rounds, args.at_rest_s, base, console)
+        rows += [light_row(peers, int(args.params), args.k) for peers in light]
     console.print(make_table(rows))
-    for line in comparison(rows):
+    for line in [*comparison(rows), *growth(rows)]:
         console.print(line, highlight=False)
     if args.json is not None:
         result = {"rows": rows, "k": args.k, "exact_up_to": args.exact_up_to, "machine": machine()}
@@ -141,13 +152,9 @@ def _compare(
     ]
 
 
-def _check(args: argparse.Namespace) -> tuple[list[Terms], list[str]]:
-    try:
-        peers = [int(word) for word in args.peers.split(",")]
-    except ValueError:
-        peers = []
-    if not peers or min(peers) < 2:
-        raise UsageError(f"--peers takes numbers from 2 up, such as {DEFAULT_PEERS}, not {args.peers}")
+def _check(args: argparse.Namespace) -> tuple[list[Terms], list[str], list[int]]:
+    peers = _numbers("--peers", args.peers, DEFAULT_PEERS)
+    light = [] if args.light_peers == "none" else _numbers("--light-peers", args.light_peers, LIGHT_PEERS)
     if not MIN_PARAMS <= args.params <= 1e10:
         raise UsageError(f"--params must be between {MIN_PARAMS} and 1e10, not {args.params:g}")
     if args.rounds < 1:
@@ -167,29 +174,14 @@ def _check(args: argparse.Namespace) -> tuple[list[Terms], list[str]]:
     if args.json is not None and not (args.json.parent.is_dir() and os.access(args.json.parent, os.W_OK)):
         raise UsageError(f"cannot write {args.json}: type --json with a file in a folder you own")
     terms = [Terms(count, int(args.params), args.k, args.exact_up_to) for count in peers]
-    return terms, implementations
+    return terms, implementations, light
 
 
-@contextmanager
-def _scratch_folder() -> Iterator[Path]:
-    """A folder for everything the peers write. Named so that any later worker sweeps it if we are killed."""
-    base = Path(tempfile.mkdtemp(prefix=f"dtrain-{os.getpid()}-bench-"))
+def _numbers(flag: str, words: str, example: str) -> list[int]:
     try:
-        yield base
-    finally:
-        shutil.rmtree(base, ignore_errors=True)
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the benchmark as Ctrl-C does."""
-
-    def interrupt(number: int, _: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        peers = [int(word) for word in words.split(",")]
+    except ValueError:
+        peers = []
+    if not peers or min(peers) < 2:
+        raise UsageError(f"{flag} takes numbers from 2 up, such as {example}, not {words}")
+    return peers

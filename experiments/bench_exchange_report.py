@@ -14,6 +14,7 @@ from rich.table import Table
 
 IMPLEMENTATIONS = ("dtrain", "hivemind-float16", "all-gather")
 OURS, STOCK = IMPLEMENTATIONS[:2]
+LIGHT = "dtrain, in memory"
 
 Row = dict[str, object]
 
@@ -120,7 +121,7 @@ def make_table(rows: Sequence[Row]) -> Table:
         table.add_row(
             str(row["implementation"]),
             str(row["peers"]),
-            f"{_number(row, 'round_s_median'):.2f}",
+            "-" if row["round_s_median"] is None else f"{_number(row, 'round_s_median'):.2f}",
             *(
                 f"{_number(row, key) / 1e6:.3f}"
                 for key in ("payload_bytes", "up_bytes_per_peer", "down_bytes_per_peer")
@@ -150,6 +151,16 @@ def comparison(rows: Sequence[Row]) -> list[str]:
         lines.append(f"{share:.2f}x stock's seconds per round")
     lines.append(f"{_number(ours, 'background_bytes_per_s') / 1e3:.1f} kB/s up per peer between rounds")
     return lines
+
+
+def growth(rows: Sequence[Row]) -> list[str]:
+    """What the rows counted in memory say of traffic in larger groups, in a line."""
+    light = [row for row in rows if row["implementation"] == LIGHT]
+    if not light:
+        return []
+    in_payloads = [_number(row, "up_bytes_per_peer") / _number(row, "payload_bytes") for row in light]
+    said = ", ".join(f"{up:.2f} at {row['peers']}" for row, up in zip(light, in_payloads))
+    return [f"payloads up per peer, the exchange itself, sums compressed again: {said} peers"]
 
 
 def _peers(row: Mapping[str, object]) -> float:

@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -22,6 +21,8 @@ from typing import Any
 
 from dtrain.experiments.bench_join_peer import Newcomer
 from dtrain.experiments.demo_process import DemoProcess, stop_all
+from dtrain.experiments.scratch import scratch_folder
+from dtrain.experiments.signals import signals_interrupt
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.metrics import read_metrics
 
@@ -68,10 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; exit code 0 whatever the figures are."""
-    with tempfile.TemporaryDirectory(prefix="dtrain-bench-") as base, ExitStack() as stack:
+    with signals_interrupt(), scratch_folder("bench") as base, ExitStack() as stack:
         workers: list[DemoProcess] = []
         stack.callback(lambda: stop_all(workers))
-        windows, downloads = _measure(Path(base), args, workers, stack)
+        windows, downloads = _measure(base, args, workers, stack)
         rows = [_round_seconds(worker, windows) for worker in workers]
     figures = _figures(rows, downloads)
     print(

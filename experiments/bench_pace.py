@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dtrain.experiments.demo_process import DemoProcess, stop_all
+from dtrain.experiments.scratch import scratch_folder
+from dtrain.experiments.signals import signals_interrupt
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.metrics import read_metrics
 
@@ -74,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(rates: Sequence[float], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Train together for a while; one row per worker, over the time after everybody has warmed up."""
-    with tempfile.TemporaryDirectory(prefix="dtrain-bench-") as scratch:
-        base = Path(scratch)
+    with signals_interrupt(), scratch_folder("bench") as base:
         (base / "runtime").mkdir()
         run_file = base / "run.toml"
         target = int(sum(rates) * args.round_s)

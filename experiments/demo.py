@@ -6,12 +6,9 @@ import argparse
 import json
 import os
 import secrets
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +18,7 @@ from dtrain.experiments.demo_dashboard import dashboard
 from dtrain.experiments.demo_process import DemoProcess, stop_all
 from dtrain.experiments.demo_summary import print_result, summarize
 from dtrain.experiments.demo_table import Stage
+from dtrain.experiments.scratch import scratch_folder
 from dtrain.experiments.signals import signals_interrupt
 from dtrain.trainer.errors import RunError, UsageError
 from dtrain.trainer.wandb_log import add_flag, resolve_mode
@@ -66,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     run_id = f"demo-{secrets.token_hex(4)}"
     with ExitStack() as scene:
         scene.enter_context(signals_interrupt())
-        base = scene.enter_context(_scratch_folder())
+        base = scene.enter_context(scratch_folder("demo"))
         if not args.no_dashboard:
             scene.enter_context(dashboard(run_id, args.rounds, base, console, args.wandb))
         cast, stage = _set_up(args, run_id, base, console)
@@ -151,13 +149,3 @@ def _round_timeout_s(first: Member) -> float:
     assert first.process is not None
     signed = json.loads((first.process.folder / "manifest.json").read_text())
     return float(signed["manifest"]["exchange"]["round_timeout_s"])
-
-
-@contextmanager
-def _scratch_folder() -> Iterator[Path]:
-    """A folder for everything the workers write. Named so that any later worker sweeps it if we are killed."""
-    base = Path(tempfile.mkdtemp(prefix=f"dtrain-{os.getpid()}-demo-"))
-    try:
-        yield base
-    finally:
-        shutil.rmtree(base, ignore_errors=True)

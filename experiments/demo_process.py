@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from dtrain.experiments.signals import signals_held
+
 INTERRUPT_S = 15.0  # how long a worker may take to leave after Ctrl-C
 TERMINATE_S = 5.0  # and after the second signal, which asks it to drop everything
 GONE_S = 8.0  # a network process ends by itself when its worker is gone
@@ -35,7 +37,7 @@ class DemoProcess:
             "DTRAIN_RUNTIME_DIR": str(base / "runtime"),  # a run of ours is no business of the user's own
         }
         self.started = time.monotonic()
-        with self.log.open("wb") as log:
+        with self.log.open("wb") as log, signals_held():
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "dtrain.trainer.cli", command, *arguments, *flags],
                 stdin=subprocess.DEVNULL,

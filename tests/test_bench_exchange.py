@@ -13,10 +13,13 @@ import pytest
 from rich.console import Console
 from swarm_tools import eventually
 
+from dtrain.experiments.bench_exchange_light import light_row
 from dtrain.experiments.bench_exchange_report import (
     IMPLEMENTATIONS,
+    LIGHT,
     PeerRound,
     comparison,
+    growth,
     make_row,
     make_table,
 )
@@ -83,11 +86,26 @@ def test_the_table_fits_a_terminal_and_the_comparison_is_at_the_most_peers() -> 
     assert "8 peers: 2.00 payloads" in told and "800x fewer" in told and "0.50x stock's" in told
 
 
+def test_traffic_does_not_grow_with_the_group() -> None:
+    """A peer sends its sections and its span's aggregate, 2 (N - 1) / N payloads: never two, whatever the group."""
+    rows = [light_row(peers, 4_000_000, 64) for peers in (4, 8, 16)]
+    for row in rows:
+        peers = int(str(row["peers"]))
+        for key in ("up_bytes_per_peer", "down_bytes_per_peer"):
+            payloads = int(str(row[key])) / int(str(row["payload_bytes"]))
+            assert payloads == pytest.approx(2 * (peers - 1) / peers, rel=0.05), row
+    assert "1.5" in growth(rows)[0] and "16 peers" in growth(rows)[0]
+    screen = io.StringIO()
+    Console(file=screen, width=80).print(make_table(rows))
+    assert LIGHT in screen.getvalue()
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         ["--peers", "1"],
         ["--peers", "two"],
+        ["--light-peers", "4,one"],
         ["--params", "7"],
         ["--rounds", "0"],
         ["--k", "5000"],
@@ -108,6 +126,7 @@ def test_the_real_thing(tmp_path: Path) -> None:
     scratch = set(Path(tempfile.gettempdir()).glob("dtrain-*-bench-*"))
     file = tmp_path / "figures.json"
     flags = ["--peers", "2", "--params", "2e5", "--rounds", "2", "--at-rest-s", "2", "--json", str(file)]
+    flags += ["--light-peers", "none"]
     assert main(["bench", "exchange", *flags]) == 0
     figures = json.loads(file.read_text())
     assert figures["machine"]["cores"] >= 1
