@@ -13,7 +13,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_JOBS ?= 2
 
-.PHONY: pictures browser-test dashboard-load setup demo test check chaos fuzz soak join-test nat-test proto evidence clean
+.PHONY: pictures browser-test dashboard-load setup demo test check chaos chaos-20 fuzz soak join-test nat-test proto evidence clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,12 @@ check: setup
 # Every planned fault at every named point of a round, about 15 minutes.
 chaos: setup
 	$(BIN)/pytest tests/test_chaos.py -m "slow or not slow" $(TEST_ARGS)
+
+# The suite's short version of chaos and soak, 20 times in a row, about an hour; stops at the first failure.
+chaos-20: setup
+	for number in $$(seq 20); do \
+	  echo "==> $$number of 20"; $(BIN)/pytest --quiet tests/test_chaos.py tests/test_soak.py $(TEST_ARGS) || exit 1; \
+	done
 
 # 40,000 spoiled payloads and aggregates into every reader of the codec, a few minutes.
 fuzz: setup

@@ -8,6 +8,7 @@ never shares a process with hivemind, never forks, and a crashed network process
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import shutil
@@ -187,6 +188,9 @@ class NetworkPeer:
         await self._heartbeats.open()
         await self._heartbeats.refresh()
         self._opened.set()
+        # What is here now stays. The collector's full passes come when a quarter of everything is new: with all of
+        # torch in the count, garbage piled up for hundreds of rounds.
+        gc.freeze()
         self._show_swarm()  # the worker sees who is there before its next command
         self._tasks.append(asyncio.create_task(self._watch_swarm()))
         worker = rendezvous.LocalWorker(
