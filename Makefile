@@ -67,6 +67,10 @@ soak: setup
 join-test: setup
 	$(BIN)/pytest tests/test_state_swarm.py -m slow $(TEST_ARGS)
 
+# Adapters trained by three processes, exported and loaded by peft, about 2 minutes.
+hf-test: setup
+	$(BIN)/pytest tests/test_models_hf.py -m "slow or not slow" $(TEST_ARGS)
+
 # Workers behind routers that nobody can dial, and on machines that move, in network namespaces: Linux, as root.
 nat-test: setup
 	$(BIN)/pytest tests/test_nat.py tests/test_lan.py -m netns $(TEST_ARGS)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dtrain.compression.codec import Codec
+from dtrain.compression.layout import Shapes
 from dtrain.experiments.memory import Faults, MemoryExchange, MemorySwarm
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.journal import Journal
@@ -35,9 +36,16 @@ def quick_manifest(**overrides: object) -> Manifest:
 class Threads:
     """Workers of one in-memory swarm, each in a thread of its own."""
 
-    def __init__(self, manifest: Manifest, folder: Path, stack: ExitStack, faults: Faults | None = None):
+    def __init__(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        stack: ExitStack,
+        faults: Faults | None = None,
+        shapes: Shapes | None = None,
+    ):
         self.manifest, self.folder, self._stack = manifest, folder, stack
-        codec = Codec(manifest.codec, FlatParameters(GPT(manifest.model)).shapes)
+        codec = Codec(manifest.codec, shapes or FlatParameters(GPT(manifest.model)).shapes)
         self.swarm = MemorySwarm(manifest, codec, faults)
         self.workers: dict[str, Worker] = {}
         self.threads: list[threading.Thread] = []
@@ -80,11 +88,13 @@ class Threads:
 
 
 @contextmanager
-def swarm_of(manifest: Manifest, folder: Path, faults: Faults | None = None) -> Iterator[Threads]:
+def swarm_of(
+    manifest: Manifest, folder: Path, faults: Faults | None = None, shapes: Shapes | None = None
+) -> Iterator[Threads]:
     """Threads that are told to stop and joined at the end."""
     torch.set_num_threads(1)
     with ExitStack() as stack:
-        threads = Threads(manifest, folder, stack, faults)
+        threads = Threads(manifest, folder, stack, faults, shapes)
         try:
             yield threads
         finally:

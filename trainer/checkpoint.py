@@ -94,39 +94,45 @@ class CheckpointStore:
 
         With `manifest_hash`, a checkpoint of another run raises UsageError.
         """
-        for _, path in self._files():
-            try:
-                checkpoint = read_file(path)
-            except CheckpointError as error:
-                logger.warning("%s; taking the one before it", error)
-                continue
-            if manifest_hash is not None and checkpoint.manifest_hash != manifest_hash:
-                theirs, ours = checkpoint.manifest_hash.hex()[:12], manifest_hash.hex()[:12]
-                raise UsageError(
-                    f"{self.folder} holds checkpoints of another run (manifest {theirs}, this is {ours}): "
-                    "type --folder with another folder, or give the same settings"
-                )
-            return checkpoint
-        return None
-
-    def _files(self) -> list[tuple[int, Path]]:
-        """(round, path) of all checkpoints, newest first."""
-        found = []
-        for path in self.folder.iterdir():
-            if match := re.fullmatch(r"round-(\d{8,})\.safetensors", path.name):
-                found.append((int(match[1]), path))
-        return sorted(found, reverse=True)
+        return newest_in(self.folder, manifest_hash)
 
     def _retire(self, round: int) -> None:
         """Drop old checkpoints. Files of later rounds are damaged, or of a past that the swarm has left: they
         must not hide the one just written, but are renamed, not deleted, in case they are all that is left of
         a long run."""
-        files = self._files()
+        files = files_in(self.folder)
         for later, path in files:
             if later > round:
                 os.replace(path, path.with_suffix(".set-aside"))
         for _, path in [entry for entry in files if entry[0] <= round][self.keep :]:
             path.unlink()
+
+
+def files_in(folder: Path) -> list[tuple[int, Path]]:
+    """(round, path) of all checkpoints in a folder, newest first."""
+    found = []
+    for path in folder.iterdir():
+        if match := re.fullmatch(r"round-(\d{8,})\.safetensors", path.name):
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def newest_in(folder: Path, manifest_hash: bytes | None = None) -> Checkpoint | None:
+    """See `CheckpointStore.newest`; only reads, so a worker may be writing there meanwhile."""
+    for _, path in files_in(folder):
+        try:
+            checkpoint = read_file(path)
+        except CheckpointError as error:
+            logger.warning("%s; taking the one before it", error)
+            continue
+        if manifest_hash is not None and checkpoint.manifest_hash != manifest_hash:
+            theirs, ours = checkpoint.manifest_hash.hex()[:12], manifest_hash.hex()[:12]
+            raise UsageError(
+                f"{folder} holds checkpoints of another run (manifest {theirs}, this is {ours}): "
+                "type --folder with another folder, or give the same settings"
+            )
+        return checkpoint
+    return None
 
 
 def read_file(path: Path) -> Checkpoint:

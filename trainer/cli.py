@@ -34,6 +34,11 @@ GROUPS = {
         "limit": (_CONTROL, "what a worker may take: bandwidth, computing time, hours, traffic"),
         "log": (_CONTROL, "what a worker said last"),
     },
+    "Use what was trained": {
+        "generate": ("dtrain.trainer.cli_generate", "have the model write on from a prompt"),
+        "eval": ("dtrain.trainer.cli_eval", "loss, perplexity and bits per byte on text it has not seen"),
+        "export": ("dtrain.trainer.cli_export", "write the model for other programs, with a model card"),
+    },
     "Organize": {
         "create": ("dtrain.trainer.cli_create", "prepare a run: its settings, your key, an invite"),
         "data": ("dtrain.trainer.cli_data", "look at what a run would train on: samples, tokens, speed"),

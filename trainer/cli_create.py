@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dtrain.trainer.cli_flags import add_run_flags
+from dtrain.trainer.cli_flags import add_local_flags, add_run_flags
 from dtrain.trainer.cli_run import proposed_manifest, run_folder
 from dtrain.trainer.errors import UsageError
 
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: dtrain create --run-id our-model --preset small --start-workers 2"
     parser.add_argument("--run-id", metavar="NAME", help="what the run is called")
     parser.add_argument("--data", type=Path, help="file or folder that all workers train on")
-    parser.add_argument("--tokenizer", help="its name on the hub, or a file; bytes if left out")
+    add_local_flags(parser)
     parser.add_argument("--check", type=Path, metavar="RUN.TOML", help="only check this run file")
     add_run_flags(parser)
 
@@ -51,8 +51,10 @@ def _create(run_id: str, manifest: object, args: argparse.Namespace) -> int:
     (folder / "run.toml").write_text(write_run_file(manifest, str(folder / "run.toml")))
     (folder / "manifest.json").write_text(signed.to_json())
     data = f" --data {args.data}" if args.data is not None else ""
-    if args.tokenizer is not None and Path(args.tokenizer).exists():
-        data += f" --tokenizer {args.tokenizer}"
+    for flag in ("tokenizer", "model"):
+        name = getattr(args, flag)
+        if name is not None and Path(name).exists() and not name.endswith("config.json"):
+            data += f" --{flag} {name}"
     print(
         f"The run {run_id} is ready in {folder}, but nobody trains it yet.\n"
         f"  run.toml       its settings, each explained; to change them, remove {folder} and create it anew\n"

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtrain.trainer.cli_flags import add_run_flags
+from dtrain.trainer.cli_flags import add_local_flags, add_run_flags
 from dtrain.trainer.cli_propose import local_tokenizer
 from dtrain.trainer.cli_run import proposed_manifest, run_folder
 from dtrain.trainer.errors import UsageError
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for command in (check, assign):
         command.add_argument("--run-id", metavar="NAME", help="a run that is in ./dtrain-runs already")
         command.add_argument("--data", type=Path, help="file or folder to train on")
-        command.add_argument("--tokenizer", help="its name on the hub, or a file; bytes if left out")
+        add_local_flags(command)
         add_run_flags(command)
 
 
@@ -47,9 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from dtrain.trainer.data import open_data
 
     manifest = _manifest(args)
-    data = open_data(
-        manifest, args.data, local_tokenizer(args.tokenizer), lambda line: print(line, flush=True)
-    )
+    data = open_data(manifest, args.data, local_tokenizer(args), lambda line: print(line, flush=True))
     if args.action == "assign":
         _assign(args, manifest, data)
     else:

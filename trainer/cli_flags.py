@@ -25,7 +25,13 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="file or folder to train on: text, JSONL, Parquet, Arrow (default: Python's own library sources)",
     )
-    machine.add_argument("--tokenizer", help="its name on the hub, or a file; bytes if left out")
+    add_local_flags(machine)
+    machine.add_argument(
+        "--trust-code",
+        default="",
+        metavar="MODULE:FUNCTION",
+        help="call this code if the run's model needs it",
+    )
     machine.add_argument(
         "--rounds", type=int, default=0, help="leave after the run's round N; 0 = go on until Ctrl-C"
     )
@@ -86,6 +92,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     shared.add_argument("--config", type=Path, metavar="RUN.TOML", help="the run's settings")
     shared.add_argument("--preset", help="model size: tiny, small, gpt2 or medium")
     add_dataset_flags(shared)
+    shared.add_argument("--method", help="what is trained: full, lora or qlora")
+    shared.add_argument("--lora-rank", type=int, help="rank of the adapters")
+    shared.add_argument("--lora-targets", help="layers that get adapters: all-linear, or names with commas")
     shared.add_argument("--strategy", help="what travels: sparseloco, diloco, demo or ddp")
     shared.add_argument("--optimizer", help="of the inner steps: adamw, adamw8bit or muon")
     shared.add_argument("--inner-steps", type=int, help="inner steps per round")
@@ -98,6 +107,34 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--round-tokens", type=int, help="a round ends when all have trained so many; 0 = fixed steps"
     )
     shared.add_argument("--matchmaking-s", type=float, help="longest wait for missing workers, in seconds")
+
+
+def add_local_flags(parser: argparse._ActionsContainer) -> None:
+    """What a run names, and each worker may have a copy of."""
+    parser.add_argument("--tokenizer", help="its name on the hub, or a file; bytes if left out")
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="a trained model, by its name on the hub or its folder; or a config.json, to begin from scratch; "
+        "or package.module:function (default: the built-in GPT)",
+    )
+
+
+def add_trained_flags(parser: argparse.ArgumentParser) -> None:
+    """Which run, and what of it this machine has."""
+    parser.add_argument(
+        "--run-id", metavar="NAME", help="the run, of which ./dtrain-runs has a worker's folder"
+    )
+    parser.add_argument("--folder", type=Path, help="the worker's folder, if it is elsewhere")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:1 or mps")
+    parser.add_argument("--model", help="your copy of the model that the run began with, if it did")
+    parser.add_argument("--tokenizer", help="your copy of the run's tokenizer, if it is a file")
+    parser.add_argument(
+        "--trust-code",
+        default="",
+        metavar="MODULE:FUNCTION",
+        help="call this code if the run's model needs it",
+    )
 
 
 def add_dataset_flags(parser: argparse._ArgumentGroup) -> None:

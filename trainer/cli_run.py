@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtrain.trainer.cli_propose import DATA_FLAGS
+from dtrain.trainer.cli_propose import DATA_FLAGS, MODEL_FLAGS
 from dtrain.trainer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -97,11 +97,11 @@ def choose_run_id(args: argparse.Namespace, invite: Invite | None) -> str:
 
 def proposed_manifest(args: argparse.Namespace, run_id: str) -> Manifest | None:
     """What --config and the shared flags ask for; None when nothing of the kind was typed."""
-    from dtrain.trainer.cli_propose import data_overrides
+    from dtrain.trainer.cli_propose import data_overrides, model_overrides
     from dtrain.trainer.manifest import manifest_from_toml, preset_manifest
 
     overrides: dict[str, object] = {key: getattr(args, flag) for flag, key in SHARED_FLAGS.items()}
-    overrides.update(data_overrides(args))
+    overrides.update(data_overrides(args) | model_overrides(args))
     if args.config is not None:
         return manifest_from_toml(args.config, {**overrides, "run_id": run_id})
     if all(value is None for value in overrides.values()):
@@ -121,7 +121,9 @@ def check_flags(args: argparse.Namespace, proposed: Manifest | None, actual: Man
         typed |= {"data.name", "data.sha256"}
     if args.tokenizer is not None:
         typed |= {"data.tokenizer_sha256"}
-    typed |= {key for flag, key in DATA_FLAGS.items() if getattr(args, flag) is not None}
+    if args.model is not None:
+        typed |= {"model.kind", "model.name", "model.config", "model.weights_sha256"}
+    typed |= {key for flag, key in (DATA_FLAGS | MODEL_FLAGS).items() if getattr(args, flag) is not None}
     for key, wanted, has in diff(proposed, actual):
         if key != "organizer" and (args.config is not None or key in typed):
             raise UsageError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtrain.trainer.cli_flags import add_limit_flags, add_machine_flags, add_run_flags, typed_limits
 from dtrain.trainer.cli_folder import worker_folder
-from dtrain.trainer.cli_propose import local_tokenizer
+from dtrain.trainer.cli_propose import local_model, local_tokenizer
 from dtrain.trainer.cli_run import (
     REACH_LINES,
     begin_run,
@@ -227,7 +227,9 @@ class Session:
             audit=args.audit,
             sample_text=True,
             data=args.data,
-            tokenizer=local_tokenizer(args.tokenizer),
+            tokenizer=local_tokenizer(args),
+            model=local_model(args.model),
+            trusted=args.trust_code,
             max_rounds=args.rounds,
             eval_every=args.eval_every,
             keep_checkpoints=args.keep_checkpoints,

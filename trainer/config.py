@@ -5,12 +5,17 @@ Machine settings (device, folder, name) are in `settings.py`: they are each comp
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, get_type_hints
 
 from dtrain.trainer.errors import UsageError
 
+GPT_KIND = "gpt"
+MODEL_KINDS = (GPT_KIND, "transformers", "factory")
+METHODS = ("full", "lora", "qlora")
 OVERLAPS = ("none", "eager")
 PLAIN = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 FLAGS = {
@@ -23,6 +28,8 @@ FLAGS = {
     "exchange.round_tokens": "--round-tokens",
     "data.name": "--data",
     "data.tokenizer": "--tokenizer",
+    "train.method": "--method",
+    "model.name": "--model",
 }
 """Command-line flags of the keys that have one; error lines name both."""
 
@@ -62,7 +69,8 @@ def settle_types(section: Any, prefix: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the built-in GPT (`model.py`)."""
+    """The model: the built-in GPT (`model.py`) in some shape, or one of another kind (`models.py`), whose shape is then
+    for display."""
 
     SECTION: ClassVar[str] = "model"
 
@@ -80,16 +88,41 @@ class ModelConfig:
     """Inner width of each feed-forward layer; a multiple of 64."""
     seq_len: int
     """Longest context, in tokens."""
+    kind: str = added("gpt")
+    """"gpt": the built-in one. "transformers": a causal language model of that library. "factory": what a Python
+    function makes."""
+    name: str = added("")
+    """For transformers: the model's name on the hub, or its folder's base name. For a factory: package.module:function,
+    which is called with this section."""
+    config: str = added("")
+    """For transformers: the model's config.json as text."""
+    weights_sha256: str = added("")
+    """SHA-256 of the weights to begin with (see `models.weights_sha256`); "" = from scratch."""
+    revision: str = added("")
+    """Commit of the model on the hub."""
+    params: int = added(0)
+    """Number of trained parameters, for other kinds than gpt; for display."""
+
+    @property
+    def title(self) -> str:
+        """The model in a word."""
+        return self.preset if self.kind == GPT_KIND else self.name
 
     @property
     def num_params(self) -> int:
-        """Number of scalars in all parameters, known without building the model."""
+        """Number of scalars in all trained parameters, known without building the model."""
+        if self.kind != GPT_KIND:
+            return self.params
         return self.vocab_size * self.dim + self.num_layers * self.dim * (4 * self.dim + 2 * self.hidden_dim)
 
     def __post_init__(self) -> None:
         settle_types(self, self.SECTION)
         for name in ("vocab_size", "num_layers", "num_heads", "seq_len"):
             require(getattr(self, name) >= 1, f"model.{name}", "be at least 1", getattr(self, name))
+        require(self.kind in MODEL_KINDS, "model.kind", f"be one of {', '.join(MODEL_KINDS)}", self.kind)
+        if self.kind != GPT_KIND:
+            self._check_named()
+            return
         for name in ("dim", "hidden_dim"):
             value = getattr(self, name)
             require(value >= 64 and value % 64 == 0, f"model.{name}", "be a multiple of 64", value)
@@ -98,6 +131,26 @@ class ModelConfig:
             "model.num_heads",
             f"divide model.dim = {self.dim} into heads of even width",
             self.num_heads,
+        )
+
+    def _check_named(self) -> None:
+        if self.kind == "factory":
+            rule = "be package.module:function"
+            require(
+                re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.name) is not None,
+                "model.name",
+                rule,
+                self.name,
+            )
+            return
+        try:
+            is_config = isinstance(json.loads(self.config), dict)
+        except ValueError:
+            is_config = False
+        require(is_config, "model.config", "be the text of a config.json", self.config[:80])
+        well_formed = re.fullmatch(r"([0-9a-f]{64})?", self.weights_sha256) is not None
+        require(
+            well_formed, "model.weights_sha256", "be 64 lower-case hex digits or empty", self.weights_sha256
         )
 
 
@@ -133,6 +186,17 @@ class TrainConfig:
     """Inner optimizer, a key of `optimizers.OPTIMIZERS`."""
     seed: int = 0
     """Seed of theta's initial value and of every worker's data stream."""
+    method: str = added("full")
+    """"full": all weights are trained. "lora": adapters of low rank beside frozen weights (arXiv 2106.09685). "qlora":
+    the same, with the frozen weights in few bits (arXiv 2305.14314). For models of the transformers library."""
+    lora_rank: int = added(16)
+    """Rank of the adapters."""
+    lora_alpha: float = added(32.0)
+    """Adapters count alpha / rank times."""
+    lora_targets: str = added("all-linear")
+    """Layers that get adapters: "all-linear", or names such as "q_proj,v_proj"."""
+    base_bits: int = added(4)
+    """With qlora: bits of the frozen weights, 4 (NF4) or 8."""
 
     def __post_init__(self) -> None:
         settle_types(self, self.SECTION)
@@ -147,6 +211,10 @@ class TrainConfig:
             require(0 <= value < 1, f"train.{name}", "be at least 0 and below 1", value)
         require(0 <= self.min_lr_ratio <= 1, "train.min_lr_ratio", "be between 0 and 1", self.min_lr_ratio)
         require(self.seed < 2**63, "train.seed", "be below 2**63", self.seed)
+        require(self.method in METHODS, "train.method", f"be one of {', '.join(METHODS)}", self.method)
+        require(1 <= self.lora_rank <= 1024, "train.lora_rank", "be between 1 and 1024", self.lora_rank)
+        require(self.lora_alpha > 0, "train.lora_alpha", "be above 0", self.lora_alpha)
+        require(self.base_bits in (4, 8), "train.base_bits", "be 4 or 8", self.base_bits)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Estimate:
         others = f"{self.workers} workers" if self.workers != 1 else "1 worker"
         now = f"{others} in it, {self.round} rounds done" if self.workers else "nobody in it now"
         return (
-            f"Run {manifest.run_id}: a {model.preset} language model of {num_params / 1e6:.1f}M parameters, "
+            f"Run {manifest.run_id}: a {model.title} language model with {num_params / 1e6:.1f}M parameters to train, "
             f"trained on {manifest.data.title}; {now}; organizer {manifest.organizer[:8]}.\n"
             f"Here: {size(self.download_bytes)} to download first, then up to {size(self.up_bytes_per_h)} up and "
             f"{size(self.down_bytes_per_h)} down an hour, {size(self.memory_bytes)} of memory; about "

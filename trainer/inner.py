@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -64,7 +64,7 @@ class InnerLoop:
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.model = model
         self.config = config
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.device = next(model.parameters()).device
         self.optimizers = make_optimizers(model, config)
 
@@ -138,7 +138,8 @@ class GradientLoop:
         count, self._num_steps = self._num_steps, 0
         if count == 0:
             return [torch.zeros(shape) for _, shape in local.shapes]
-        gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.model.parameters())
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in trained)
         return [gradient.float().div(count).cpu() for gradient in gradients]
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -173,10 +174,22 @@ def evaluate(model: nn.Module, corpus: Data, data: DataConfig, train: TrainConfi
     """Mean loss (natural log per token) of the model over the corpus's fixed evaluation windows."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    for x, y in corpus.eval_batches(
-        batch_size=train.batch_size, seq_len=train.seq_len, max_tokens=data.eval_tokens
-    ):
-        with autocast(device):
-            total += float(model(x.to(device), y.to(device))) * y.numel()
-        count += y.numel()
+    with evaluating(model):
+        for x, y in corpus.eval_batches(
+            batch_size=train.batch_size, seq_len=train.seq_len, max_tokens=data.eval_tokens
+        ):
+            with autocast(device):
+                total += float(model(x.to(device), y.to(device))) * y.numel()
+            count += y.numel()
     return total / count
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and the like."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

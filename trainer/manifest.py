@@ -100,6 +100,11 @@ class Manifest:
         if self.data.tokenizer == BYTES:
             rule = f"be at least {BYTE_VALUES} for data.tokenizer = {BYTES}"
             require(self.model.vocab_size >= BYTE_VALUES, "model.vocab_size", rule, self.model.vocab_size)
+        if self.train.method != "full":
+            rule = f"be transformers for train.method = {self.train.method}"
+            require(self.model.kind == "transformers", "model.kind", rule, self.model.kind)
+            rule = "be those of a trained model (--model), as adapters go beside frozen weights"
+            require(bool(self.model.weights_sha256), "model.weights_sha256", rule, "")
         rule = f"be at most model.seq_len = {self.model.seq_len}"
         require(self.train.seq_len <= self.model.seq_len, "train.seq_len", rule, self.train.seq_len)
 

@@ -17,8 +17,9 @@ EPSILON = 1e-8
 
 def adamw(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     """AdamW (arXiv 1711.05101); matrices decay, vectors do not."""
-    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
-    groups = _groups(model.parameters(), config)
+    trained = _trained(model)
+    fused = all(p.device.type in ("cpu", "cuda") for p in trained)
+    groups = _groups(trained, config)
     betas = (config.beta1, config.beta2)
     return [torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=EPSILON, fused=fused)]
 
@@ -32,7 +33,7 @@ def adamw8bit(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
             f"train.optimizer = adamw8bit needs bitsandbytes ({error}): type pip install 'dtrain[adamw8bit]'"
         ) from None
     betas = (config.beta1, config.beta2)
-    return [AdamW8bit(_groups(model.parameters(), config), lr=config.lr, betas=betas, eps=EPSILON)]
+    return [AdamW8bit(_groups(_trained(model), config), lr=config.lr, betas=betas, eps=EPSILON)]
 
 
 def muon(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
@@ -45,8 +46,8 @@ def muon(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
             f"train.optimizer = muon needs torch 2.9, this is {torch.__version__}: type pip install 'torch>=2.9'"
         )
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    hidden = [p for p in model.parameters() if p.ndim == 2 and id(p) not in tables]
-    others = [p for p in model.parameters() if p.ndim != 2 or id(p) in tables]
+    hidden = [p for p in _trained(model) if p.ndim == 2 and id(p) not in tables]
+    others = [p for p in _trained(model) if p.ndim != 2 or id(p) in tables]
     found: list[Optimizer] = []
     if hidden:
         found.append(
@@ -76,6 +77,10 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> Sequence[Optimizer
             f"there is no train.optimizer (--optimizer) {config.optimizer!r}: choose one of {choices}"
         )
     return OPTIMIZERS[config.optimizer](model, config)
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _groups(parameters: Iterable[nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:

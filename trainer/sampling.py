@@ -11,7 +11,7 @@ from torch import nn
 
 from dtrain.trainer.data import Data
 from dtrain.trainer.exchange import ABSENT, Exchange
-from dtrain.trainer.inner import autocast
+from dtrain.trainer.inner import autocast, evaluating
 
 PROMPT_TOKENS = 48
 MAX_TOKENS = 160
@@ -43,7 +43,10 @@ def write_sample(model: nn.Module, data: Data, round: int, context: int) -> tupl
     """
     prompt = data.prompt(round, min(PROMPT_TOKENS, context // 2))
     seconds = MAX_SECONDS
-    written = list(write(model, prompt, context, MAX_TOKENS, seconds, seed=round))
+    with evaluating(model):
+        written = list(
+            write(model, prompt, context, MAX_TOKENS, seconds, seed=round, vocab=data.tokenizer.size)
+        )
     return data.tokenizer.decode(prompt), data.tokenizer.decode(written)
 
 

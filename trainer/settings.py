@@ -37,6 +37,10 @@ class MachineSettings:
     """This machine's copy of the data to train on, where it is local: a file, or a folder with all of them."""
     tokenizer: Path | None = None
     """This machine's copy of the tokenizer, where it is a file."""
+    model: Path | None = None
+    """This machine's copy of the model to begin with, where it is a folder."""
+    trusted: str = ""
+    """The factory (package.module:function) that may make the model, where one does."""
     max_rounds: int = 0
     """Leave after the swarm has completed this many rounds in all; 0 = go on until stopped."""
     eval_every: int = 5

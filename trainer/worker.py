@@ -29,7 +29,7 @@ from dtrain.trainer.journal import Books, Journal, NoJournal
 from dtrain.trainer.keeping import Keeper
 from dtrain.trainer.manifest import Manifest
 from dtrain.trainer.metrics import Metrics
-from dtrain.trainer.model import GPT
+from dtrain.trainer.models import ModelPlace, build_model
 from dtrain.trainer.outer_loop import OuterLoop
 from dtrain.trainer.pacing import Pacer
 from dtrain.trainer.reporting import Reporter, Say
@@ -63,7 +63,7 @@ class Worker:
         device = resolve_device(settings.device)
         self.duty = Duty(settings, self.control, device, self._stop, clock)
         torch.manual_seed(manifest.train.seed)
-        self.model = GPT(manifest.model, seed=manifest.train.seed).to(device)
+        self.model = build_model(manifest, ModelPlace(device, settings.model, settings.trusted))
         self.local = FlatParameters(self.model)
         self.codec = Codec(manifest.codec, self.local.shapes)
         self.strategy = make_strategy(manifest, self.local.shapes)
