@@ -78,14 +78,18 @@ class RoundHistory:
         record = self._records.get(round) if isinstance(round, int) else None
         if record is None:
             raise StreamError("that round is not kept here")
-        spans = [[*span, len(aggregate)] for span, aggregate in zip(record.spans, record.aggregates)]
-        reply = {"base": record.base_digest, "members": record.members, "contributors": record.contributors}
-        reply["spans"] = spans
-        return reply, b"".join(record.aggregates)
+        return packed(record)
+
+
+def packed(record: RoundRecord) -> tuple[dict[str, Any], bytes]:
+    """A past round as it travels: header and aggregates, which `parse_round` takes."""
+    spans = [[*span, len(aggregate)] for span, aggregate in zip(record.spans, record.aggregates)]
+    header = {"base": record.base_digest, "members": record.members, "contributors": record.contributors}
+    return {**header, "spans": spans}, b"".join(record.aggregates)
 
 
 def parse_round(round: int, reply: dict[str, Any], blob: bytes) -> RoundRecord:
-    """The other end of `RoundHistory.reply`: spans in order and disjoint, the aggregates themselves yet unchecked.
+    """The other end of `packed`: spans in order and disjoint, the aggregates themselves yet unchecked.
 
     Raises StreamError on a bad form.
     """

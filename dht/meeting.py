@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from dtrain.compression.errors import PayloadError
@@ -16,6 +17,7 @@ from dtrain.dht.averager import SwarmAverager
 from dtrain.dht.heartbeats import Heartbeats
 from dtrain.dht.history import RoundRecord
 from dtrain.dht.membership import Contribution
+from dtrain.dht.passed_rounds import PassedRounds
 
 LOOK_AGAIN_S = 0.25
 NO_LEADER = (
@@ -40,14 +42,17 @@ class Rounds:
         *,
         is_client: bool,
         may_be_cut_off: Callable[[], bool],
+        passed_folder: Path,
     ):
         """`may_be_cut_off()` tells whether others may be there though nobody is seen: then we do not go on alone."""
         self._averager, self._heartbeats = averager, heartbeats
+        self.passed = PassedRounds(passed_folder, self._newest, self._past)
         self._is_client, self._may_be_cut_off = is_client, may_be_cut_off
 
     async def run(self, contribution: Contribution) -> Reply:
         """Take part in a round. Bounded by the manifest's times."""
         started = time.monotonic()
+        self.passed.clear()
         while True:
             if self._heartbeats.ahead():
                 return {"verdict": "stale"}
@@ -97,9 +102,12 @@ class Rounds:
         return self._is_client and not any(record.can_be_dialled for record in self._heartbeats.active())
 
     async def fetch(self, round: int) -> Reply | None:
-        """A past round from any peer that has it; everything in it checked."""
-        past = await self._past(round)
+        """A past round from our disk or from any peer that has it; everything in it checked."""
+        past = self.passed.get(round) or await self._past(round)
         return None if past is None else _reply("done", past)
+
+    def _newest(self) -> int:
+        return max((int(record.status["round"]) for record in self._heartbeats.donors()), default=0)
 
     async def _past(self, round: int) -> RoundRecord | None:
         for record in self._heartbeats.donors():

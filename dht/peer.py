@@ -166,6 +166,7 @@ class NetworkPeer:
             self._heartbeats,
             is_client=self._connection.reach == CLIENT,
             may_be_cut_off=self._connection.may_be_cut_off,
+            passed_folder=Path(args["transfer_folder"]) / "passed",
         )
         await self._enter(args, terms.manifest_hash)
 
@@ -244,7 +245,7 @@ class NetworkPeer:
         """Download the swarm's state into a file, whose path is in the reply; the worker removes it."""
         await self._opened.wait()
         await self._heartbeats.refresh()
-        return await self._transfer.fetch(self._averager.method)
+        return await self._transfer.fetch(self._averager.method, self._rounds.passed)
 
     def _seen_addresses(self) -> list[str]:
         """Of the peers that are there and can be dialled."""

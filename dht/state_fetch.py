@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from dtrain.dht.partial_state import PartialState, Standing, sha256
+from dtrain.dht.passed_rounds import PassedRounds
 from dtrain.dht.state_donor import BUSY
 from dtrain.dht.streams import Call, Refused, StreamError, ask
 
@@ -30,9 +31,8 @@ TAKE_OVER_S = 3.0  # a piece that another donor has had for so long is asked for
 BUSY_PAUSE_S = 2.0
 RETRY_S = 2.0  # until a donor that went away is tried again
 GIVE_UP_S = 60.0  # without a single piece; the pieces that are here stay
-RESUMABLE_ROUNDS = (
-    48  # a state so far behind the newest is still worth finishing: what came since is replayed
-)
+# A state so far behind the newest, but for the rounds kept since, is still worth finishing: peers have those rounds.
+RESUMABLE_ROUNDS = 48
 
 Method = Callable[[str, str], Call]
 OnProgress = Callable[[int, int], None]
@@ -54,11 +54,13 @@ class StateFetch:
         partial: PartialState,
         pieces: Sequence[int],
         *,
+        passed: PassedRounds,
         least_work: float,
         on_progress: OnProgress,
         on_left: OnLeft,
     ):
         self._donors, self._method, self._partial, self._pieces = donors, method, partial, pieces
+        self._passed = passed
         self._least_work, self._on_progress, self._on_left = least_work, on_progress, on_left
         self._left: set[str] = set()  # donors caught with bad data
         self._hashes: list[bytes] = []
@@ -76,6 +78,7 @@ class StateFetch:
         if standing != self._partial.standing:
             self._partial.begin(standing)
         team: dict[str, asyncio.Task[None]] = {}
+        keeping_up = asyncio.create_task(self._passed.keep_up(standing.round))
         self._last_piece = time.monotonic()
         try:
             while not self._is_done() and time.monotonic() - self._last_piece < GIVE_UP_S:
@@ -86,9 +89,9 @@ class StateFetch:
                 if self._failure is not None:
                     raise self._failure
         finally:
-            for task in team.values():
+            for task in (keeping_up, *team.values()):
                 task.cancel()
-            await asyncio.gather(*team.values(), return_exceptions=True)
+            await asyncio.gather(keeping_up, *team.values(), return_exceptions=True)
         return standing if self._is_done() else None
 
     def _is_done(self) -> bool:
@@ -114,9 +117,9 @@ class StateFetch:
             return None
         agreed = {standing for standing, num in holders.items() if num > 1} or set(holders)
         best = min(agreed, key=lambda s: (-s.work, -holders[s], s.digest))
-        if begun is not None and begun in holders and best.round - begun.round <= RESUMABLE_ROUNDS:
-            return begun
-        return best
+        if begun is None or begun not in holders:
+            return best
+        return begun if best.round - self._passed.reached(begun.round) <= RESUMABLE_ROUNDS else best
 
     async def _offers(self, donor: str, wanted: bytes) -> list[Standing]:
         """The states that a donor holds; it begins to hold `wanted` if it stands there."""

@@ -10,6 +10,7 @@ from typing import Any
 from dtrain.dht.heartbeats import Heartbeats
 from dtrain.dht.ipc import Message
 from dtrain.dht.partial_state import PartialState
+from dtrain.dht.passed_rounds import PassedRounds
 from dtrain.dht.state_donor import StateDonor, Written
 from dtrain.dht.state_fetch import Method, StateFetch
 from dtrain.dht.upload import UploadBudget
@@ -41,7 +42,7 @@ class StateTransfer:
             pieces, self._write, self._standing, UploadBudget(newcomer_mbps * BYTES_PER_MEGABIT)
         )
 
-    async def fetch(self, method: Method) -> dict[str, Any] | None:
+    async def fetch(self, method: Method, passed: PassedRounds) -> dict[str, Any] | None:
         """Download the swarm's state into a file, whose path is in the reply; None when nobody can give it now.
 
         Raises NoSpace, or OSError when the disk fails.
@@ -52,6 +53,7 @@ class StateTransfer:
             method,
             partial,
             self._pieces,
+            passed=passed,
             least_work=float(self._heartbeats.status.get("work", 0.0)),
             on_progress=self._tell_progress,
             on_left=lambda donor, reason: self._tell_worker(

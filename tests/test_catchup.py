@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dtrain.compression.codec import Codec
-from dtrain.trainer.catchup import catch_up
+from dtrain.trainer.catchup import REPLAY_AT_MOST, catch_up
 from dtrain.trainer.download import DownloadReport
 from dtrain.trainer.errors import CheckpointError, RunError
 from dtrain.trainer.exchange import Watch
@@ -181,6 +181,16 @@ def test_rounds_that_pass_during_a_download_are_replayed() -> None:
     outer = outer_loop()
     assert catch(outer, donor)
     assert stand_equal(outer, donor.outer) and outer.round == 45
+    assert donor.num_downloads == 1
+
+
+def test_a_download_may_take_longer_than_peers_keep_rounds() -> None:
+    """The rounds that passed meanwhile are still replayed, however many: it does not begin anew."""
+    donor = OneDonor(outer_loop(), kept_from=5, rounds_while_downloading=REPLAY_AT_MOST + 30)
+    donor.advance(5)
+    outer = outer_loop()
+    assert catch(outer, donor)
+    assert stand_equal(outer, donor.outer)
     assert donor.num_downloads == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,6 +48,8 @@ class Averager:
     def __init__(self) -> None:
         self.expected = -1
 
+    async def judge_residual(self, round: int, fetch: Any) -> None: ...
+
     async def run_alone(self, contribution: Contribution) -> RoundRecord:
         return RoundRecord(contribution.round, contribution.base_digest, ["me"], aggregates=[b"mine"])
 
@@ -58,7 +61,13 @@ class Averager:
 def meeting(others: Others, is_client: bool, is_cut_off: bool = False) -> Rounds:
     averager: Any = Averager()
     cut_off = is_client or is_cut_off
-    return Rounds(averager, others, is_client=is_client, may_be_cut_off=lambda: cut_off)  # type: ignore[arg-type]
+    return Rounds(
+        averager,
+        others,  # type: ignore[arg-type]
+        is_client=is_client,
+        may_be_cut_off=lambda: cut_off,
+        passed_folder=Path("nowhere"),
+    )
 
 
 def verdict(others: Others, *, is_client: bool, is_cut_off: bool = False) -> dict[str, Any]:

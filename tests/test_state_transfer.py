@@ -26,7 +26,9 @@ from transfer_tools import (
 )
 
 from dtrain.dht import partial_state, state_fetch, streams
+from dtrain.dht.history import KEPT_ROUNDS
 from dtrain.dht.partial_state import NoSpace, PartialState
+from dtrain.dht.passed_rounds import PassedRounds
 
 TOTAL = sum(PIECES)
 THREE = sum(PIECES[:3])  # bytes of any three of the first six
@@ -138,6 +140,57 @@ def test_a_download_survives_the_runs_moving_on(tmp_path: Path) -> None:
         donor.move_to(OTHER, 12, 2e6)
         assert await Newcomer(tmp_path / "in", {"a": donor}).fetch() == AT_NINE
         assert donor.num_made == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_download_may_take_longer_than_peers_keep_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What passes meanwhile is kept beside it, over a crash too: it is finished, and all rounds since lead on."""
+    monkeypatch.setattr("dtrain.dht.passed_rounds.LOOK_S", 0.01)
+    end = AT_NINE.round + 3 * KEPT_ROUNDS
+
+    async def scenario() -> None:
+        donor = Donor(tmp_path, fault=cut_after(3))
+        newcomer = Newcomer(tmp_path / "in", {"a": donor})
+        fetching = asyncio.create_task(newcomer.fetch())
+        passed = PassedRounds(tmp_path / "in" / "passed", newcomer.newest, newcomer.past_round)
+        while not newcomer.progress:  # it has chosen its state
+            await asyncio.sleep(0.005)
+        for round in range(AT_NINE.round, end + 1, KEPT_ROUNDS // 2):
+            donor.move_to(OTHER, round, 2e6)
+            while passed.reached(AT_NINE.round) < round:
+                await asyncio.sleep(0.005)
+        fetching.cancel()
+        await asyncio.gather(fetching, return_exceptions=True)
+        donor.fault = honest
+        again = Newcomer(tmp_path / "in", {"a": donor})
+        assert await again.fetch() == AT_NINE
+        assert again.received == STATE and donor.num_made == 1
+        for round in range(AT_NINE.round, end):
+            record = passed.get(round)
+            assert record is not None and record.aggregates == [bytes([round % 256]) * 9]
+        passed.clear()
+        assert list((tmp_path / "in" / "passed").iterdir()) == []
+
+    asyncio.run(scenario())
+
+
+def test_half_a_passed_round_is_none(tmp_path: Path) -> None:
+    """A file that a crash cut short is not taken for a round, nor is what comes after it."""
+
+    async def scenario() -> None:
+        newcomer = Newcomer(tmp_path, {"a": Donor(tmp_path, round=30)})
+        passed = PassedRounds(tmp_path / "passed", newcomer.newest, newcomer.past_round)
+        keeping = asyncio.create_task(passed.keep_up(20))
+        while passed.reached(20) < 30:
+            await asyncio.sleep(0.005)
+        keeping.cancel()
+        path = tmp_path / "passed" / "25.round"
+        path.write_bytes(path.read_bytes()[:-3])
+        assert passed.get(24) is not None
+        assert passed.get(25) is None and passed.reached(25) == 25
 
     asyncio.run(scenario())
 

@@ -15,7 +15,9 @@ import msgpack
 from google.protobuf.wrappers_pb2 import BytesValue
 from stream_tools import Call, Handler, Line, Messages, settled
 
+from dtrain.dht.history import KEPT_ROUNDS, RoundRecord
 from dtrain.dht.partial_state import PartialState, Standing
+from dtrain.dht.passed_rounds import PassedRounds
 from dtrain.dht.state_donor import StateDonor, Written
 from dtrain.dht.state_fetch import StateFetch
 from dtrain.dht.streams import next_message, parse_header
@@ -135,12 +137,23 @@ class Newcomer:
                 method,
                 self.partial,
                 PIECES,
+                passed=PassedRounds(self.folder / "passed", self.newest, self.past_round),
                 least_work=self.least_work,
                 on_progress=self._heard,
                 on_left=self.left.__setitem__,
             ).run()
         finally:
             await settled(line)
+
+    def newest(self) -> int:
+        """The round that the donors are at."""
+        return max((donor.standing.round for donor in self.donors.values() if donor is not None), default=0)
+
+    async def past_round(self, round: int) -> RoundRecord | None:
+        """Donors keep as many rounds as they do in earnest."""
+        if round < self.newest() - KEPT_ROUNDS:
+            return None
+        return RoundRecord(round, bytes(32), ["a"], ["a"], [[0, 16]], [bytes([round % 256]) * 9])
 
     async def fetch_part(self, num_bytes: int) -> None:
         """A download that dies when so many bytes are here."""

@@ -26,7 +26,7 @@ def catch_up(
     fetched = downloaded = False
     last, have = clock.monotonic(), 0
     while (best := _ahead(outer, exchange)) and clock.monotonic() - last < PATIENCE_S:
-        missed = _missed_round(outer, exchange, best)
+        missed = _missed_round(outer, exchange, best, any_number=downloaded)
         if missed is not None and (downloaded or _is_shorter(missed, outer, best)):
             outer.step(missed.aggregates)
             fetched = True
@@ -58,9 +58,13 @@ def _num_missed(outer: OuterLoop, best: PeerView) -> int:
     return int(str(best.status["round"])) - outer.round
 
 
-def _missed_round(outer: OuterLoop, exchange: Exchange, best: PeerView) -> Outcome | None:
-    """The next missed round, if somebody has it and it continues our theta."""
-    if not 0 < _num_missed(outer, best) <= REPLAY_AT_MOST:
+def _missed_round(
+    outer: OuterLoop, exchange: Exchange, best: PeerView, *, any_number: bool
+) -> Outcome | None:
+    """The next missed round, if somebody has it and it continues our theta; with `any_number` of them also after a
+    long download, as those that passed meanwhile are here."""
+    missed = _num_missed(outer, best)
+    if missed <= 0 or (missed > REPLAY_AT_MOST and not any_number):
         return None
     outcome = exchange.fetch_round(outer.round)
     return outcome if outcome is not None and outcome.base_digest == outer.digest else None
