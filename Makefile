@@ -30,6 +30,8 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@echo "==> Installing dtrain and its pinned dependencies. PyTorch is by far the largest; on a Linux machine"
 	@echo "    without an NVIDIA GPU its CPU build is much smaller: README.md, \"Less to download\"."
 	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@echo "==> Compiling the codec for this machine."
+	@$(BIN)/python -m dtrain.compression.warm_up
 	@touch $@
 	@echo "==> Ready. Try: $(BIN)/dtrain --help"
 

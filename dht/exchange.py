@@ -43,7 +43,7 @@ class DhtExchange:
 
     def __init__(self, settings: PeerSettings):
         """Starts the network process; `connect` waits for it."""
-        self._settings = settings
+        self._settings, self._through = settings, settings.initial_peers
         self._swarm: tuple[float, list[PeerView]] = (time.monotonic(), [])
         self._address_book = AddressBook()  # to find back when whom we joined through is gone
         self._traffic = self._past_traffic = (0, 0)
@@ -62,13 +62,16 @@ class DhtExchange:
         self.addresses: list[str] = []  # where others can join: here if they can call us, then where we did
         # Called with ("lost" or "back", why) around a renewal of the network process.
         self.on_change: Callable[[str, str], None] = lambda state, reason: None
+        self._on_compiling: Callable[[int, int], None] = lambda done, total: None
         self._moved = ""
         self._rates = {"up_mbps": 0.0, "down_mbps": 0.0}
         self.process = NetworkProcess(self._hear, self._reply)
         self.process.on_death = lambda: self.on_change("lost", DIED)
 
-    def connect(self) -> None:
-        """Wait until the network process stands in the DHT. Raises ExchangeError with a line for the user."""
+    def connect(self, through: Sequence[str] = ()) -> None:
+        """Wait until the network process stands in the DHT, through these peers too if there are any. Raises
+        ExchangeError with a line for the user."""
+        self._through += tuple(through)
         answer = self.process.command(
             "connect",
             timeout_s=CONNECT_TIMEOUT_S,
@@ -76,7 +79,7 @@ class DhtExchange:
             private_folder=str(self.process.private_folder),
             host=self._settings.host,
             port=self._settings.port,
-            initial_peers=[*self._settings.initial_peers, *self._address_book.addresses()],
+            initial_peers=[*self._through, *self._address_book.addresses()],
             reach_before=self.reach,
             passes_on=self._settings.passes_on,
             relays=self._settings.relays,
@@ -95,6 +98,12 @@ class DhtExchange:
         """Signed manifests that peers have published under this run id, unchecked."""
         found: list[bytes] = self.process.command("find_manifests", run_id=run_id)
         return found
+
+    def prepare(self, codec: Mapping[str, object], progress: Callable[[int, int], None]) -> None:
+        """Have the codec ready in the network process. On a machine's first run that is where it is compiled, and then
+        on disk for this process; `progress(done, total)` follows it. Raises ExchangeError."""
+        self._on_compiling = progress
+        self.process.command("prepare", timeout_s=OPEN_TIMEOUT_S, codec=dict(codec))
 
     def open_run(
         self,
@@ -187,6 +196,8 @@ class DhtExchange:
             self._moved = message["reason"]
             self.process.ends_on_purpose = True
             self.on_change("lost", self._moved)
+        elif message["event"] == "compiling":
+            self._on_compiling(message["done"], message["total"])
         else:
             self._state_files.hear(message)
 

@@ -1,6 +1,6 @@
 """The network process of a worker: DHT node, averager and state transfer in one event loop.
 
-A worker starts it as a child (`python -m dtrain.dht.peer FD`) and talks to it over the socket FD, which is also its
+A worker starts it as a child (`dht/start.py`) and talks to it over the socket FD, which is also its
 lifeline: when the worker goes, however it goes, the socket closes and this process cleans up and ends. So training
 never shares a process with hivemind, never forks, and a crashed network process is simply started again.
 """
@@ -44,8 +44,9 @@ from dtrain.dht.worker_line import WorkerLine
 
 # The worker's commands, each a method of NetworkPeer.
 COMMANDS = {
-    *("connect", "distance", "find_manifests", "publish", "open_run", "limit", "observe", "announce"),
-    *("post", "read_notes", "run_round", "release_residual", "residual_saved", "fetch_round", "fetch_state"),
+    *("connect", "distance", "find_manifests", "publish", "prepare", "open_run", "limit", "observe"),
+    *("announce", "post", "read_notes", "run_round", "release_residual", "residual_saved"),
+    *("fetch_round", "fetch_state"),
 }
 REFUSALS = (TransportError, IdentityError, StreamError, NoSpace)  # their texts are for the user
 SHOW_PERIOD_S = 0.25
@@ -129,6 +130,15 @@ class NetworkPeer:
         """Keep a run's manifest in the DHT without taking part in the run."""
         task = manifests.publish(self._node, args["run_id"], args["manifest"])
         self._tasks.append(asyncio.create_task(task))
+
+    async def prepare(self, args: Args) -> None:
+        """Have the codec's kernels ready, and say how far that is."""
+        loop = asyncio.get_running_loop()
+
+        def tell(done: int, total: int) -> None:
+            loop.call_soon_threadsafe(self._worker.send, {"event": "compiling", "done": done, "total": total})
+
+        await asyncio.to_thread(warm_up, CodecSpec.from_dict(args["codec"]), tell)
 
     async def open_run(self, args: Args) -> None:
         """Begin to take part in a run."""
@@ -305,7 +315,3 @@ def main() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     asyncio.run(_serve(socket.socket(fileno=int(sys.argv[1]))))
     os._exit(0)  # hivemind's helper threads never end
-
-
-if __name__ == "__main__":
-    main()

@@ -69,7 +69,7 @@ class NetworkProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "dtrain.dht.peer", str(theirs.fileno())],
+                [sys.executable, "-m", "dtrain.dht.start", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C in the terminal is the worker's to handle
@@ -186,12 +186,15 @@ class NetworkProcess:
         shutil.rmtree(self.private_folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Let the child say goodbye and end it."""
+        """Let the child say goodbye and end it; one that was never asked for anything has nothing to say."""
         self._closing.set()
-        try:
-            self._send({"do": "close"})
-        except ConnectionLost:
-            pass
+        if self._next_id:
+            try:
+                self._send({"do": "close"})
+            except ConnectionLost:
+                pass
+        else:
+            self._child.kill()
         with self._child_lock:  # a child that is just being started is buried too
             self._bury()
 

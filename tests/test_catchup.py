@@ -127,19 +127,20 @@ class Clock:
 
 @dataclass
 class Heard:
-    """What a user and the metrics are told; its voice speaks into `text`."""
+    """What a user and the metrics are told."""
 
     lines: list[str] = field(default_factory=list)
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
-    text: io.StringIO = field(default_factory=io.StringIO)
+    voice: Voice = field(default_factory=lambda: Voice(io.StringIO()))
+    shown: list[str] = field(default_factory=list)
 
     def write(self, event: str, **fields: Any) -> None:
         self.events.append((event, fields))
 
     def report(self) -> DownloadReport:
         report = DownloadReport(self, self.lines.append, self.clock)  # type: ignore[arg-type]
-        report.bar = Voice(self.text)
+        report.bar = self.voice
         return report
 
 
@@ -257,14 +258,14 @@ def test_progress_tells_bytes_rate_and_the_time_left() -> None:
     report.begin()
     for step in range(11):
         report.progress(50_000_000 + step * 5_000_000, 100_000_000)
+        heard.shown.append(heard.voice.now.line())
         heard.clock.now += 1.0
     first = heard.events[0][1]
     assert first == {"have_bytes": 50_000_000, "total_bytes": 100_000_000, "bytes_per_s": 0, "eta_s": None}
     assert heard.events[5][1]["bytes_per_s"] == 5_000_000 and heard.events[5][1]["eta_s"] == 5.0
     assert heard.lines == ["Going on with the download where it stopped: 50.0 MB are here."]
-    shown = heard.text.getvalue().splitlines()
-    assert shown[0] == "Downloading the run's weights: 50 of 100 MB (50 %)"
-    assert shown[-1] == "Downloading the run's weights: 100 of 100 MB (100 %), 5.00 MB/s, 0 s left"
+    assert heard.shown[5] == "Downloading the run's weights: 75 of 100 MB (75 %), 5.00 MB/s, 5 s left"
+    assert heard.shown[-1] == ""  # gone with the last byte
     report.left("12D3KooWdonorabcdefgh", "piece 3 is corrupt")
     assert (
         heard.lines[-1] == "Worker abcdefgh gave bad data (piece 3 is corrupt); downloading from others only."

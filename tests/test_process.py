@@ -25,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("processes")
 
 DEADLINE_S = 60.0
 
-# Stands in for the interpreter that runs `dtrain.dht.peer`: obeys over the same socket, without a network.
+# Stands in for the interpreter that runs `dtrain.dht.start`: obeys over the same socket, without a network.
 CHILD = """#!{python}
 import os, signal, socket, sys
 from pathlib import Path
@@ -271,6 +271,17 @@ def test_a_child_that_does_not_end_is_killed(child: Path, monkeypatch: pytest.Mo
     with network() as net:
         net.command("echo")
     assert_gone(starts(child))
+
+
+def test_a_child_that_was_never_asked_ends_at_once(child: Path) -> None:
+    """Whoever typed something wrong does not wait until the child has come up."""
+    child.with_name("stubborn").touch()
+    began = time.monotonic()
+    net = NetworkProcess(lambda _: None, lambda _: None)
+    net.close()
+    assert time.monotonic() - began < process.CLOSE_TIMEOUT_S
+    assert_gone([net.pid])
+    assert not Path(net.private_folder).exists()
 
 
 def test_closing_ends_a_restart_under_way(child: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_newcomer_resumes_after_two_cuts(tmp_path: Path) -> None:
         others = three_that_train(run, "small", "--newcomer-mbps", "16")
         late = run.start("d", *FLAGS)
         wait_for_bytes(late, 0.2)
-        next(p for p in late.children() if "dtrain.dht.peer" in " ".join(p.cmdline())).kill()
+        next(p for p in late.children() if "dtrain.dht.start" in " ".join(p.cmdline())).kill()
         at_first_cut = downloaded(late)
         eventually(lambda: len(downloaded(late)) > len(at_first_cut) + 2, "it does not go on", DEADLINE_S)
         wait_for_bytes(late, 0.5)

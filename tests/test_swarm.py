@@ -133,7 +133,7 @@ def test_the_others_go_on_when_a_worker_is_killed(tmp_path: Path) -> None:
         assert_one_theta(workers[:2], after)
 
 
-@pytest.mark.parametrize("which", ["dtrain.dht.peer", "p2pd"])
+@pytest.mark.parametrize("which", ["dtrain.dht.start", "p2pd"])
 def test_a_dead_network_process_is_replaced(which: str, tmp_path: Path) -> None:
     """A killed network process or daemon is noticed, and another one started, within 2 s; it has the same identity, and
     the worker goes on."""

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from dtrain.trainer.voice import Voice
 
 FIND_MANIFEST_S = 20.0
-NOTICE_AFTER_S = 2.0
 
 REACH_LINES = {
     "direct": "Others can dial this machine.",
@@ -184,28 +183,53 @@ def invite_text(exchange: DhtExchange, signed: SignedManifest) -> str:
     return Invite(signed.manifest.run_id, signed.manifest.hash, organizer, addresses).encode()
 
 
-def begin_run(args: argparse.Namespace, run_id: str, folder: Path) -> SignedManifest:
+def begin_run(args: argparse.Namespace, run_id: str, folder: Path, voice: Voice) -> SignedManifest:
     from dtrain.trainer.manifest import preset_manifest
     from dtrain.trainer.signing import OrganizerKey
 
     manifest = proposed_manifest(args, run_id) or preset_manifest(run_id)
-    print(f"Nobody trains {run_id} yet: beginning it.", flush=True)
+    voice.say(f"Nobody trains {run_id} yet: beginning it.")
     return OrganizerKey.load_or_create(folder.parent / "organizer.key").sign(manifest)
 
 
-def warm_up_codec(signed: SignedManifest, voice: Voice) -> threading.Thread:
-    """Compile the codec's kernels in the background, with a word if that takes a while (once per machine)."""
+def load_training() -> threading.Thread:
+    """Import in the background what training needs: seconds of work, while the network process comes up."""
+
+    def load() -> None:
+        import torch
+
+        from dtrain.compression.kernels import pick
+
+        torch.optim.SGD(
+            [torch.zeros(1)], lr=1.0
+        )  # the first optimizer of a process brings in torch's compiler
+        pick.kernel()
+        import dtrain.trainer.worker  # noqa: F401
+
+    thread = threading.Thread(target=load, name="loading")
+    thread.start()
+    return thread
+
+
+def warm_up_codec(exchange: DhtExchange, signed: SignedManifest, voice: Voice) -> threading.Thread:
+    """Have the codec ready: a thread that ends when the network process has it, in which it is compiled if it must be
+    (once per machine). This process has it a moment later; whoever needs it sooner waits for it."""
     from dtrain.compression.warm_up import warm_up
 
-    thread = threading.Thread(target=warm_up, args=(signed.manifest.codec,), name="warm-up")
+    codec = signed.manifest.codec
+
+    def prepare() -> None:
+        from dtrain.dht.process import ExchangeError
+
+        with voice.waiting("Preparing the codec, which is compiled once per machine") as update:
+            try:
+                exchange.prepare(codec.to_dict(), update)
+            except ExchangeError:
+                pass  # the network process is gone: `open_run` says so
+        threading.Thread(target=warm_up, args=(codec,), name="warm-up").start()
+
+    thread = threading.Thread(target=prepare, name="prepare")
     thread.start()
-
-    def notice() -> None:
-        thread.join(NOTICE_AFTER_S)
-        if thread.is_alive():
-            voice.say("Compiling the codec for this machine; once only, about 20 s.")
-
-    threading.Thread(target=notice, daemon=True).start()
     return thread
 
 

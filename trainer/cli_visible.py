@@ -25,14 +25,12 @@ def found_peers(run_id: str, args: argparse.Namespace, voice: Voice) -> list[str
         return local
     from dtrain.dht import lan
 
-    voice.progress(f"Looking for {run_id} on this network")
     try:
-        found = lan.find(run_id)
+        with voice.waiting(f"Looking for {run_id} on this network"):
+            found = lan.find(run_id)
     except lan.LanError as error:
-        voice.done()
         voice.say(f"{_sentence(str(error))}. If others train {run_id}, join them with dtrain join INVITE.")
         return []
-    voice.done()
     if len({worker.manifest_hash for worker in found}) > 1:
         raise UsageError(
             f"several runs on this network call themselves {run_id}; join one of them with dtrain join INVITE"

@@ -22,6 +22,7 @@ from dtrain.trainer.cli_run import (
     choose_run_id,
     find_manifest,
     invite_text,
+    load_training,
     open_run,
     parse_invite,
     proposed_manifest,
@@ -75,13 +76,10 @@ def run_worker(args: argparse.Namespace, approve: Approve = lambda *_: True) -> 
     started = _command_start()
     check_address(args)
     check_rate(args)
-    limits = typed_limits(args)
-    invite = parse_invite(args)
-    run_id = choose_run_id(args, invite)
+    typed_limits(args)
+    run_id = choose_run_id(args, parse_invite(args))
     with ExitStack() as stack:
         session = Session(args, run_id, approve, stack)
-        if limits:
-            session.control.set_limits(limits)
         worker = session.start()
         if worker is None:
             return 0
@@ -95,16 +93,40 @@ class Session:
     """One run of the command: its parts, which `stack` closes in the end."""
 
     def __init__(self, args: argparse.Namespace, run_id: str, approve: Approve, stack: ExitStack):
+        """Starts what takes long: the network process, and the import of what training needs."""
         from dtrain.trainer.control import Control
 
-        self.args, self.run_id = args, run_id
-        self.invite, self.proposed = parse_invite(args), proposed_manifest(args, run_id)
+        self.args, self.run_id, self.invite = args, run_id, parse_invite(args)
         self._approve, self._stack = approve, stack
         self.name, self.folder = stack.enter_context(worker_folder(args, run_id))
         self.voice = Voice()
         self.control: Control = Control(self.folder)
         stack.callback(self.control.close)
+        if limits := typed_limits(args):
+            self.control.set_limits(limits)
+        self.exchange = self._start_network()
+        self._loading = load_training()
         self._invite_text = ""
+        with self.voice.waiting("Reading what was typed"):
+            self.proposed = proposed_manifest(args, run_id)
+
+    def _start_network(self) -> DhtExchange:
+        from dtrain.dht.exchange import DhtExchange, PeerSettings
+
+        args = self.args
+        settings = PeerSettings(
+            identity=self.folder / "identity.key",
+            host=args.host,
+            port=args.port,
+            # What a relay passes on is in no budget: who counts bytes is none.
+            passes_on=not args.no_relay and not self.control.limits.bounds_traffic,
+            relays=not args.no_relay,
+            newcomer_mbps=args.newcomer_mbps,
+        )
+        exchange = DhtExchange(settings)
+        self._stack.callback(exchange.close)
+        self.control.traffic = exchange.traffic
+        return exchange
 
     def start(self) -> Worker | None:
         """Find or begin the run, build the worker, open the run in the exchange; None if the user declined."""
@@ -120,9 +142,8 @@ class Session:
                 peers = peers or found_peers(self.run_id, self.args, self.voice)
                 if peers:
                     beginning.close()  # the run is there already
-                exchange = self._connect(peers)
-                signed = self._manifest(exchange, stored, bool(peers))
-                return self._join(exchange, signed)
+                self._connect(peers)
+                return self._join(self._manifest(stored, bool(peers)))
         except ExchangeError as error:
             # With no peers or only typed ones, what was typed is what is wrong.
             typed_wrong = self.args.peer or self.args.invite or not peers
@@ -137,59 +158,42 @@ class Session:
         server = ControlServer(self.run_id, self.name, self.control, self.voice, folder)
         self._stack.callback(server.close)
 
-    def _connect(self, peers: list[str]) -> DhtExchange:
-        from dtrain.dht.exchange import DhtExchange, PeerSettings
-
-        args = self.args
-        settings = PeerSettings(
-            identity=self.folder / "identity.key",
-            host=args.host,
-            port=args.port,
-            initial_peers=tuple(peers),
-            # What a relay passes on is in no budget: who counts bytes is none.
-            passes_on=not args.no_relay and not self.control.limits.bounds_traffic,
-            relays=not args.no_relay,
-            newcomer_mbps=args.newcomer_mbps,
-        )
-        exchange = DhtExchange(settings)
-        self._stack.callback(exchange.close)
-        self.control.traffic = exchange.traffic
-        import dtrain.trainer.worker  # noqa: F401  # torch comes in while the network process starts
-
-        exchange.connect()
-        self._obey_limits(exchange)
+    def _connect(self, peers: list[str]) -> None:
+        with self.voice.waiting("Connecting to the run" if peers else "Starting the network"):
+            self.exchange.connect(peers)
+            self._loading.join()
+        self._obey_limits()
         if peers:
-            self.voice.say(f"Connected to the run. {REACH_LINES[exchange.reach]}")
-        return exchange
+            self.voice.say(f"Connected to the run. {REACH_LINES[self.exchange.reach]}")
 
-    def _obey_limits(self, exchange: DhtExchange) -> None:
+    def _obey_limits(self) -> None:
         def obey(limits: Limits) -> None:
-            exchange.limit(up_mbps=limits.up_mbps, down_mbps=limits.down_mbps)
+            self.exchange.limit(up_mbps=limits.up_mbps, down_mbps=limits.down_mbps)
 
         obey(self.control.limits)
         self.control.on_limits = obey
 
-    def _manifest(
-        self, exchange: DhtExchange, stored: SignedManifest | None, is_there: bool
-    ) -> SignedManifest:
+    def _manifest(self, stored: SignedManifest | None, is_there: bool) -> SignedManifest:
         if is_there:
-            signed = find_manifest(exchange, self.run_id, self.invite)
+            with self.voice.waiting("Asking for the run's settings"):
+                signed = find_manifest(self.exchange, self.run_id, self.invite)
         else:
-            signed = stored or begin_run(self.args, self.run_id, self.folder)
+            signed = stored or begin_run(self.args, self.run_id, self.folder, self.voice)
         check_flags(self.args, self.proposed, signed.manifest)
         return signed
 
-    def _join(self, exchange: DhtExchange, signed: SignedManifest) -> Worker | None:
+    def _join(self, signed: SignedManifest) -> Worker | None:
         from dtrain.trainer.wandb_log import open_metrics
 
-        warming = warm_up_codec(signed, self.voice)
+        exchange = self.exchange
+        warming = warm_up_codec(exchange, signed, self.voice)
         metrics = self._stack.enter_context(
             open_metrics(self.folder, self.args.wandb, self.name, signed.manifest.to_dict())
         )
-        worker = self._build(signed, exchange, metrics)
+        worker = self._build(signed, metrics)
         (self.folder / "manifest.json").write_text(signed.to_json())
-        open_run(exchange, signed, worker.codec.shapes, worker.outer.pieces)
         warming.join()
+        open_run(exchange, signed, worker.codec.shapes, worker.outer.pieces)
         if not self._approve(worker, self.voice):
             return None
         self._invite_text = invite_text(exchange, signed)
@@ -205,7 +209,7 @@ class Session:
             reach=exchange.reach,
         )
         self._stack.enter_context(visible_on_the_network(exchange, signed, self.args))
-        exchange.on_change = lambda state, reason: self._changed(exchange, metrics, state, reason)
+        exchange.on_change = lambda state, reason: self._changed(metrics, state, reason)
         self.voice.say(
             f"Run {self.run_id}: {worker.codec.num_params / 1e6:.1f}M parameters on {worker.report.device}; "
             f"you are {self.name} ({exchange.peer_id[-8:]}). Ctrl-C leaves cleanly."
@@ -213,11 +217,11 @@ class Session:
         self.voice.say(f"Others join with:\n  dtrain join {self._invite_text}")
         return worker
 
-    def _build(self, signed: SignedManifest, exchange: DhtExchange, metrics: Metrics) -> Worker:
+    def _build(self, signed: SignedManifest, metrics: Metrics) -> Worker:
         from dtrain.trainer.settings import MachineSettings
         from dtrain.trainer.worker import Worker
 
-        args = self.args
+        args, exchange = self.args, self.exchange
         settings = MachineSettings(
             name=self.name,
             folder=self.folder,
@@ -235,16 +239,17 @@ class Session:
             keep_checkpoints=args.keep_checkpoints,
             checkpoint_every=args.checkpoint_every,
         )
-        journal = self._journal(exchange) if args.journal else None
-        worker = Worker(
-            signed.manifest,
-            settings,
-            exchange,
-            metrics,
-            self.voice.say,
-            control=self.control,
-            journal=journal,
-        )
+        journal, voice = self._journal() if args.journal else None, self.voice
+        with voice.waiting("Getting the text to train on"):
+            worker = Worker(
+                signed.manifest,
+                settings,
+                exchange,
+                metrics,
+                voice.say,
+                control=self.control,
+                journal=journal,
+            )
         if journal is not None:
             journal.write(
                 "begin",
@@ -252,7 +257,7 @@ class Session:
                 manifest=signed.manifest.hash.hex(),
                 chunks=worker.codec.num_chunks,
             )
-        worker.download.bar = self.voice
+        worker.download.bar = worker.report.bar = voice
 
         def describe() -> dict[str, Any]:
             return {
@@ -266,25 +271,24 @@ class Session:
         self.control.describe = describe
         return worker
 
-    def _journal(self, exchange: DhtExchange) -> SignedJournal:
+    def _journal(self) -> SignedJournal:
         """This worker's journal, signed with its identity."""
         from dtrain.dht import identity
         from dtrain.trainer.journal import FILE, SignedJournal
 
         own = identity.load_or_create(self.folder / "identity.key")
-        journal = SignedJournal(self.folder / FILE, exchange.peer_id, own.key.sign, time.time)
+        journal = SignedJournal(self.folder / FILE, self.exchange.peer_id, own.key.sign, time.time)
         self._stack.callback(journal.close)
         return journal
 
-    def _changed(self, exchange: DhtExchange, metrics: Metrics, state: str, reason: str) -> None:
+    def _changed(self, metrics: Metrics, state: str, reason: str) -> None:
         """The network process is being renewed ("lost"), or was ("back")."""
-        metrics.write(
-            "network", state=state, reason=reason, reach=exchange.reach, addresses=exchange.addresses
-        )
+        reach, addresses = self.exchange.reach, self.exchange.addresses
+        metrics.write("network", state=state, reason=reason, reach=reach, addresses=addresses)
         if state == "lost":
             self.voice.say(f"The network is lost: {reason}. Connecting anew.")
         else:
-            self.voice.say(f"The network is back. {REACH_LINES[exchange.reach]}")
+            self.voice.say(f"The network is back. {REACH_LINES[reach]}")
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
 from dtrain.trainer.metrics import Metrics
@@ -20,8 +21,16 @@ class Bar(Protocol):
     """Shows progress to a user; see `voice.Voice`."""
 
     def progress(
-        self, stage: str, done: float = 0.0, total: float = 0.0, unit: str = "", rate: float = 0.0
+        self,
+        stage: str,
+        done: float = 0.0,
+        total: float = 0.0,
+        unit: str = "",
+        rate: float = 0.0,
+        lines: bool = True,
     ) -> None: ...
+
+    def waiting(self, stage: str, *, lines: bool = True) -> AbstractContextManager[Any]: ...
 
     def done(self) -> None: ...
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dtrain.trainer.bulletin import SAMPLE_TOPIC, TOPIC, Bulletin, EvalLine, RoundLine, Sample
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
+from dtrain.trainer.download import Bar
 from dtrain.trainer.exchange import Exchange, Outcome
 from dtrain.trainer.feed import Feed
 from dtrain.trainer.metrics import Metrics
@@ -44,6 +46,7 @@ class Reporter:
     say: Say
     clock: Clock = SYSTEM_CLOCK
     feed: Feed | None = None
+    bar: Bar | None = None  # for the user at a terminal
     started: float = field(init=False)
     tokens: int = 0  # trained by this worker, all its life
     _state: str = "starting"
@@ -160,6 +163,10 @@ class Reporter:
         self._last_step = now
         self._loss = loss()
         self._remaining_s = pacer.remaining_s(pace)
+        if self.bar is not None:
+            self.bar.progress(
+                f"Round {pace.round + 1}: training", pace.steps, self._inner_steps, "steps", lines=False
+            )
         self.metrics.write(
             "step",
             round=pace.round,
@@ -194,7 +201,9 @@ class Reporter:
         """Wait for the exchange; if it makes us wait, that is a state of its own."""
         if not outcome.done():
             self.state("exchanging")
-        result = outcome.result()
+        stage = f"Round {self.outer.round + 1}: exchanging with the others"
+        with self.bar.waiting(stage, lines=False) if self.bar is not None else nullcontext():
+            result = outcome.result()
         self._outcome_came = self.clock.monotonic()
         return result
 

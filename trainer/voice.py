@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO
 
 KEPT_LINES = 500
-LINE_PERIOD_S = 5.0  # between two progress lines where there is no terminal
+LINE_AFTER_S = 2.0  # what takes longer gets a line also where there is no terminal
+LINE_PERIOD_S = 5.0  # and further ones
 BAR_PERIOD_S = 0.2
 BAR_WIDTH = 24
 
@@ -30,7 +33,7 @@ class Progress:
     def line(self) -> str:
         """In words, such as "Downloading the weights: 3.1 of 3.7 MB (84 %), 2 s left"."""
         if not self.total:
-            return self.stage
+            return f"{self.stage} ({self.done:.0f} {self.unit})" if self.done >= 1 else self.stage
         text = f"{self.stage}: {_number(self.done)} of {_number(self.total)} {self.unit}".rstrip()
         text += f" ({100 * self.done / self.total:.0f} %)"
         if self.rate:
@@ -62,10 +65,16 @@ class Voice:
             self._changed.notify_all()
 
     def progress(
-        self, stage: str, done: float = 0.0, total: float = 0.0, unit: str = "", rate: float = 0.0
+        self,
+        stage: str,
+        done: float = 0.0,
+        total: float = 0.0,
+        unit: str = "",
+        rate: float = 0.0,
+        lines: bool = True,
     ) -> None:
         """Show how far `stage` is; a new stage's clock starts with its first call. `rate`: units per second, if known
-        better than by that clock."""
+        better than by that clock. Without `lines` only a terminal shows it."""
         with self._changed:
             clock = time.monotonic()
             if stage != self.now.stage:
@@ -75,15 +84,47 @@ class Voice:
             if rate:
                 eta_s = (total - done) / rate
             self.now = Progress(stage, done, total, unit, eta_s, rate)
-            is_last = bool(total) and done >= total
-            period = BAR_PERIOD_S if self._is_terminal else LINE_PERIOD_S
-            if not is_last and self._last_shown and clock - self._last_shown < period:
-                return
-            self._last_shown = clock
-            if self._is_terminal:
-                self._draw()
-            else:
-                print(self.now.line(), file=self._stream, flush=True)
+            if self._is_due(clock, is_last=bool(total) and done >= total, lines=lines):
+                self._last_shown = clock
+                if self._is_terminal:
+                    self._draw()
+                else:
+                    print(self.now.line(), file=self._stream, flush=True)
+
+    def _is_due(self, clock: float, *, is_last: bool, lines: bool) -> bool:
+        if self._is_terminal:
+            return is_last or clock - self._last_shown >= BAR_PERIOD_S
+        if not self._last_shown:
+            return lines and clock - self._began >= LINE_AFTER_S
+        return lines and (is_last or clock - self._last_shown >= LINE_PERIOD_S)
+
+    @contextmanager
+    def waiting(
+        self, stage: str, *, unit: str = "", scale: float = 1.0, lines: bool = True
+    ) -> Iterator[Callable[[float, float], None]]:
+        """Show that `stage` goes on while this is open: the seconds that it has taken or, once the function that this
+        gives was called with (done, total), how much of it is done, in `unit` of `scale`."""
+        over, began, known = threading.Event(), time.monotonic(), [(0.0, 0.0)]
+
+        def show() -> None:
+            while not over.wait(BAR_PERIOD_S):
+                done, total = known[0]
+                if total:
+                    self.progress(stage, done / scale, total / scale, unit, lines=lines)
+                else:
+                    self.progress(stage, time.monotonic() - began, unit="s", lines=lines)
+
+        def update(done: float, total: float) -> None:
+            known[0] = (done, total)
+
+        ticker = threading.Thread(target=show, daemon=True, name="progress")
+        ticker.start()
+        try:
+            yield update
+        finally:
+            over.set()
+            ticker.join()
+            self.done()
 
     def done(self) -> None:
         """What was waited for is there."""
@@ -96,7 +137,8 @@ class Voice:
         if self.now.total:
             filled = round(BAR_WIDTH * min(1.0, self.now.done / self.now.total))
             line = f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {line}"
-        print(f"\r\x1b[K{line}", end="", file=self._stream, flush=True)
+        room = shutil.get_terminal_size().columns - 1  # a line that wraps could not be taken back
+        print(f"\r\x1b[K{line[:room]}", end="", file=self._stream, flush=True)
         self._bar_shown = True
 
     def _clear_bar(self) -> None:

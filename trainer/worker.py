@@ -134,7 +134,7 @@ class Worker:
         self.local.flat.copy_(self.outer.state.theta_flat)
         self.report.joined(source, began)
         self.report.state("waiting")
-        if self.settings.eval_every:
+        if self.settings.eval_every and source == "fresh":  # the others have told theirs
             self._evaluate()
         wanted = self.manifest.exchange.start_workers
         wait_for_start(wanted, self.outer, self.exchange, self._stop, self.clock, self.report.say)
@@ -258,7 +258,8 @@ class Worker:
         kept = self.local.flat.clone()
         self.local.flat.copy_(self.outer.state.theta_flat)
         self.report.evaluated(evaluate(self.model, self.corpus, self.manifest.data, self.manifest.train))
-        if self.settings.sample_text and self.sampler.is_due(self.exchange, self.clock.monotonic()):
+        writes = self.settings.sample_text and self.outer.round > 0  # the first weights write noise
+        if writes and self.sampler.is_due(self.exchange, self.clock.monotonic()):
             self.report.sampled(
                 *write_sample(self.model, self.corpus, self.outer.round, self.manifest.model.seq_len)
             )
