@@ -33,6 +33,7 @@ GROUPS = {
         "stop": (_CONTROL, "leave now"),
         "limit": (_CONTROL, "what a worker may take: bandwidth, computing time, hours, traffic"),
         "log": (_CONTROL, "what a worker said last"),
+        "service": ("dtrain.trainer.cli_service", "have a worker begin at login, and again when it fails"),
     },
     "Use what was trained": {
         "generate": ("dtrain.trainer.cli_generate", "have the model write on from a prompt"),
@@ -66,7 +67,21 @@ Train a language model together with others, over ordinary internet links.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake is one line on stderr and exit code 2."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = parse(list(sys.argv[1:] if argv is None else argv))
+
+    from dtrain.trainer.errors import DtrainError
+
+    try:
+        return int(importlib.import_module(COMMANDS[args.command][0]).run(args))
+    except DtrainError as error:
+        print(f"dtrain: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """A command's flags; only its own module is imported. Ends the process with a line if they are wrong."""
     parser = argparse.ArgumentParser(
         prog="dtrain",
         usage="dtrain COMMAND ...",
@@ -82,17 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if name == wanted:
             importlib.import_module(module).add_arguments(command)
-    args = parser.parse_args(arguments)
-
-    from dtrain.trainer.errors import DtrainError
-
-    try:
-        return int(importlib.import_module(COMMANDS[args.command][0]).run(args))
-    except DtrainError as error:
-        print(f"dtrain: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    return parser.parse_args(arguments)
 
 
 def _page() -> str:
