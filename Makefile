@@ -81,6 +81,12 @@ nat-test: setup
 proto: setup
 	$(BIN)/python -m grpc_tools.protoc -Itrainer --python_out=trainer --pyi_out=trainer control.proto
 
+# Dockerfile by hadolint, compose.yaml by the Compose specification's schema.
+.PHONY: docker-check
+docker-check: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docker-check]'
+	$(BIN)/pytest tests/test_docker.py -m "docker or not docker" $(TEST_ARGS)
+
 # The dashboard's page in a real browser: Chromium and its driver from Debian's packages, axe-core from npm's registry.
 AXE := $(VENV)/axe-core/package/axe.min.js
 
