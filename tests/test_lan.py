@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from netns_tools import Internet, internet, missing
 from swarm_tools import swarm
 from zeroconf import ServiceInfo
 
 from dtrain.dht import lan
 from dtrain.dht.lan import SERVICE, LanError
+from dtrain.experiments.netns import Internet, internet, missing
 from dtrain.trainer.cli import main
 from dtrain.trainer.manifest import validate_run_id
 

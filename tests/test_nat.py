@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from netns_tools import Internet, internet, missing
 from swarm_tools import Swarm, WorkerProcess, eventually, swarm
 
 from dtrain.dht.invite import decode
+from dtrain.experiments.netns import Internet, internet, missing
 from dtrain.trainer.cli_run import REACH_LINES
 
 pytestmark = [

@@ -1,7 +1,8 @@
-"""A small internet of network namespaces: public hosts, and homes behind masquerading routers. Needs root.
+"""A small internet of network namespaces: public hosts, and homes behind masquerading routers. Needs root (or a user
+namespace in which we are root).
 
 Addresses look public (20.0.0.0/8), as libp2p treats only such as public, and exist nowhere but inside the namespaces
-that a test makes here and removes again.
+that are made here and removed again. The wire between the hosts is a bridge, or a switch that shapes (`lab_switch`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from contextlib import contextmanager
 
 import psutil
 
+from dtrain.experiments.lab_switch import MTU_BYTES, Switch
+from dtrain.experiments.lab_wire import HomeLink
+
 PREFIX = "dtrain"  # of the namespaces, before the process id of who made them
 MASQUERADE = """
 table ip home {
@@ -25,7 +29,7 @@ table ip home {
 
 
 def missing() -> str:
-    """What this machine lacks to run such tests, or ""."""
+    """What this machine lacks for namespaces, or ""."""
     if os.geteuid() != 0:
         return "needs root"
     lacking = [tool for tool in ("ip", "nft") if shutil.which(tool) is None]
@@ -33,32 +37,40 @@ def missing() -> str:
 
 
 def run(*command: str, text: str | None = None) -> str:
-    """Run a command to its end; its output."""
+    """Run a command to its end; its output. OSError with what it said if it failed."""
     done = subprocess.run(command, input=text, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip()}"
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout
 
 
 class Internet:
     """Namespaces on one wire. Their names begin with `prefix`; `backbone` is the one that holds the wire."""
 
-    def __init__(self, prefix: str):
-        self.prefix = prefix
+    def __init__(self, prefix: str, switch: Switch | None = None):
+        self.prefix, self._switch = prefix, switch
         self._names: list[str] = []
-        self.backbone = self._namespace("backbone")
-        self._in(self.backbone, "link", "add", "wire", "type", "bridge")
-        self._in(self.backbone, "link", "set", "wire", "up")
+        if switch is None:
+            self.backbone = self._namespace("backbone")
+            self._in(self.backbone, "link", "add", "wire", "type", "bridge")
+            self._in(self.backbone, "link", "set", "wire", "up")
 
-    def host(self, name: str, address: str) -> str:
-        """A host with a public `address` (such as 20.0.0.1); returns its namespace."""
+    def host(self, name: str, address: str, link: HomeLink | None = None) -> str:
+        """A host with a public `address` (such as 20.0.0.1); returns its namespace. `link` is for the switch, which
+        knows the host by its name here."""
         namespace = self._namespace(name)
-        self._plug(namespace, "wan")
+        if self._switch is None:
+            self._plug(namespace, "wan")
+        else:
+            self._switch.plug(namespace, name, "wan", address, link or HomeLink())
+            self._in(namespace, "link", "set", "wan", "mtu", str(MTU_BYTES), "up")
         self._in(namespace, "addr", "add", f"{address}/8", "dev", "wan")
         return namespace
 
-    def home(self, name: str, address: str, network: str) -> str:
-        """A host behind a router that masquerades as public `address`; `network` (such as 192.168.1) is its home's."""
-        router, namespace = self.host(f"{name}-router", address), self._namespace(name)
+    def home(self, name: str, address: str, network: str, link: HomeLink | None = None) -> str:
+        """A host behind a router that masquerades as public `address`; `network` (such as 192.168.1) is its home's. On
+        the switch it is the router, NAME-router, that has the link."""
+        router, namespace = self.host(f"{name}-router", address, link), self._namespace(name)
         self._cable(router, "lan", namespace, "lan")
         self._in(router, "addr", "add", f"{network}.1/24", "dev", "lan")
         self._in(namespace, "addr", "add", f"{network}.2/24", "dev", "lan")
