@@ -24,7 +24,7 @@ from dtrain.trainer.metrics import read_metrics
 PLACE = Path(__file__).resolve().parent.parent / "experiments"
 RUN_ID, ROUNDS = "stdlib-tiny", 60
 DEADLINE_S = 300.0
-SIZES = {"light": (880, 0), "dark": (880, 0), "phone": (390, 0)}  # pixels; height 0 = the whole page
+SIZES = {"light": (1040, 0), "dark": (1040, 0), "phone": (390, 0)}  # pixels; height 0 = the whole page
 FLAGS = ["--rounds", str(ROUNDS), "--eval-every", "2"]
 
 

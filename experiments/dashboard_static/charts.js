@@ -24,6 +24,7 @@ export class Chart {
     this.place.setAttribute("aria-label", summary);
     if (this.plot && data.length === this.plot.series.length) this.plot.setData(data);
     else this.draw();
+    if (this.plot.height !== this.height()) this.fit(); // the legend has grown by a line
   }
 
   draw() {
