@@ -45,6 +45,8 @@ class Report:
     """Of those, with a part that went back into the error feedback."""
     discarded: int = 0
     """Of those, applied in a round that is not in the run's history."""
+    discarded_rounds: int = 0
+    """Rounds that somebody applied and that are not in the run's history."""
     unknown: int = 0
     """Of those, of workers that died before they knew."""
 
@@ -93,7 +95,7 @@ def check(
         for entry in journal
         if entry["kind"] == "settled" and entry["verdict"] in APPLIED
     ]
-    history = _history(applied)
+    history = history_of(applied)
     report.rounds = len(history)
     _check_agreement(applied, report)
     _check_one_history(applied, history, forks_until, report)
@@ -107,12 +109,12 @@ def check(
 # ---------------------------------------------------------------- histories
 
 
-def _history(applied: Sequence[Applied]) -> dict[tuple[int, str], str]:
+def history_of(applied: Sequence[Applied]) -> dict[tuple[int, str], str]:
     """{(round, base): after} of the run's own history: the chain of rounds with the most work (tokens) in it."""
     best: dict[
         str, tuple[float, tuple[int, str] | None]
     ] = {}  # digest -> (work behind it, the round that led to it)
-    steps = {(*one.key, one.entry["after"]): _work(one) for one in applied}
+    steps = {(*one.key, one.entry["after"]): work_of(one) for one in applied}
     for (number, base, after), work in sorted(steps.items(), key=lambda step: step[0][0]):
         behind = best.get(base, (0.0, None))[0] + work
         if behind > best.get(after, (-1.0, None))[0]:
@@ -129,7 +131,7 @@ def _history(applied: Sequence[Applied]) -> dict[tuple[int, str], str]:
     return history
 
 
-def _work(one: Applied) -> float:
+def work_of(one: Applied) -> float:
     """Tokens that a round adds: as `OuterLoop.step` counts them."""
     return max((sum(weights.values()) for _, weights in one.spans.values()), default=0.0)
 
@@ -154,9 +156,9 @@ def _check_one_history(
     forks_until: float | None,
     report: Report,
 ) -> None:
-    for one in applied:
-        if history.get(one.key) == one.entry["after"]:
-            continue
+    outside = [one for one in applied if history.get(one.key) != one.entry["after"]]
+    report.discarded_rounds = len({(one.key, one.entry["after"]) for one in outside})
+    for one in outside:
         if forks_until is None or one.entry["time"] > forks_until:
             report.blame("one", one.who, f"round {one.key[0]} is not in the run's history")
 

@@ -51,6 +51,7 @@ GROUPS = {
         "invite": ("dtrain.trainer.cli_invite", "print an invite to a run that this machine takes part in"),
         "bench": ("dtrain.experiments.bench", "measure speed and size side by side"),
         "plan": ("dtrain.experiments.plan", "predict bytes, time and memory of a run"),
+        "lab": ("dtrain.experiments.lab", "run real workers on home connections while things fail"),
         "simulate": ("dtrain.experiments.simulate", "compare strategies over a modelled network"),
     },
 }

@@ -1,0 +1,318 @@
+"""Scenario files of `dtrain lab`: the swarm, its connections, what happens to it, and the bars that it is held to.
+
+A file is TOML. [model], [data], [train], [strategy], [codec] and [exchange] are a run's own settings, as in a run file;
+the rest is described below. experiments/configs/lab/ has the scenarios that are shipped.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dtrain.experiments.lab_wire import HomeLink
+from dtrain.trainer.config import require, settle_types
+from dtrain.trainer.errors import UsageError
+from dtrain.trainer.manifest import SECTIONS, Manifest, preset_manifest, refuse_unknown, validate_run_id
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MAX_WORKERS = 64
+KINDS = {
+    "kill": "power cut: every process of the worker is ended by SIGKILL; with seconds it is started again after them",
+    "leave": "Ctrl-C; with seconds it is started again after them",
+    "join": "a worker that is marked as late is started",
+    "freeze": "SIGSTOP to every process of the worker for seconds, as a closed laptop is",
+    "cut": "its cable is pulled for seconds",
+    "partition": "sides do not reach each other for seconds",
+    "move": "its address changes",
+    "fill": "its disk is filled for seconds (it needs disk_mb)",
+    "bootstrap-dies": "power cut at the bootstrap peer, for good",
+}
+"""What can happen."""
+SPLITTING = ("partition", "cut", "freeze", "move")
+"""What may leave workers without the others, so that two histories form for a while."""
+CLEANS = ("simulated", "measured", "none")
+
+
+@dataclass(frozen=True)
+class LabConfig:
+    """[lab]: the swarm and how long it trains."""
+
+    SECTION: ClassVar[str] = "lab"
+
+    workers: int = 8
+    """Workers of the swarm, worker-1 and so on; worker-1 begins the run."""
+    rounds: int = 20
+    """Rounds to train; 0 = for `duration_s`."""
+    duration_s: float = 600.0
+    """Without rounds: how long, from the first round's beginning."""
+    seed: int = 0
+    """Of the model, the data, the schedule and the losses of packets."""
+    tokens_per_s: float = 0.0
+    """Each worker trains as fast as a machine that does so many; 0 = as fast as it can."""
+    start_every_s: float = 3.0
+    """Time between two workers' starts, so that the machine carries them."""
+    checkpoint_every: int = 5
+    """Rounds between two checkpoints."""
+    bootstrap: bool = False
+    """A peer that trains nothing (`dtrain bootstrap`) begins, and all join through it."""
+    may_fork: bool = False
+    """What happens may make two histories for a while, though nothing splits the network (as when everybody dies)."""
+    stall_s: float = 120.0
+    """So long without a new round is a deadlock: the scenario has failed."""
+    timeout_s: float = 1800.0
+    """However it goes, it ends then, and has failed."""
+
+    def __post_init__(self) -> None:
+        settle_types(self, self.SECTION)
+        require(1 <= self.workers <= MAX_WORKERS, "lab.workers", f"be 1 to {MAX_WORKERS}", self.workers)
+        for name in ("rounds", "seed", "tokens_per_s", "start_every_s", "checkpoint_every"):
+            require(getattr(self, name) >= 0, f"lab.{name}", "be at least 0", getattr(self, name))
+        for name in ("duration_s", "stall_s", "timeout_s"):
+            require(getattr(self, name) > 0, f"lab.{name}", "be above 0 seconds", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class ChurnConfig:
+    """[churn]: workers fail at random and come back."""
+
+    SECTION: ClassVar[str] = "churn"
+
+    mtbf_s: float = 0.0
+    """Mean seconds between two failures in the swarm (a Poisson process); 0 = no churn."""
+    down_s: float = 10.0
+    """Mean seconds until a failed worker is started again."""
+    kill_share: float = 0.7
+    """Share of failures that are power cuts; the others leave."""
+    back_s: float = 60.0
+    """How long a worker that is started again is left in peace."""
+
+    def __post_init__(self) -> None:
+        settle_types(self, self.SECTION)
+        for item in fields(self):
+            require(
+                getattr(self, item.name) >= 0, f"churn.{item.name}", "be at least 0", getattr(self, item.name)
+            )
+
+
+@dataclass(frozen=True)
+class Place:
+    """One worker's circumstances; [[places]] sets them for some workers."""
+
+    link: HomeLink = field(default_factory=HomeLink)
+    nat: bool = False
+    """Behind a router that masquerades and lets nothing in."""
+    skew_s: float = 0.0
+    """How far its clock is ahead."""
+    disk_mb: float = 0.0
+    """Size of the disk that its folder is on, in megabytes; 0 = this machine's."""
+    late: bool = False
+    """It is started by a join event only."""
+
+
+@dataclass(frozen=True)
+class EventRule:
+    """[[events]]: something that happens once, or every so many rounds."""
+
+    kind: str
+    """One of KINDS."""
+    workers: tuple[int, ...] = ()
+    """To whom, each at once; none named: to one that the seed chooses."""
+    round: int = 0
+    """When so many rounds are done."""
+    at_s: float = -1.0
+    """Or so many seconds after the first round's beginning."""
+    every_rounds: int = 0
+    """Again and again, after so many rounds more,"""
+    until_round: int = 0
+    """up to this one."""
+    seconds: float = 0.0
+    """How long it lasts; see KINDS."""
+    sides: tuple[tuple[int, ...], ...] = ()
+    """Of a partition: workers by side."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A whole file."""
+
+    name: str
+    description: str
+    lab: LabConfig
+    churn: ChurnConfig
+    places: tuple[Place, ...]
+    """By worker; the first is worker-1's."""
+    events: tuple[EventRule, ...]
+    bars: Mapping[str, float]
+    """Figure of the summary and "_at_most" or "_at_least" -> number."""
+    clean: str
+    """How the clean baseline is had: "simulated" (in memory, without network), "measured" (the same swarm without
+    events over `clean_link`), or "none"."""
+    clean_link: HomeLink
+    manifest: Manifest
+    text: str = field(repr=False)
+    """The file's own text."""
+
+    @property
+    def names(self) -> list[str]:
+        return [worker_name(number) for number in range(1, self.lab.workers + 1)]
+
+
+def worker_name(number: int) -> str:
+    return f"worker-{number}"
+
+
+def load_scenario(
+    path: Path, *, seed: int | None = None, changes: Mapping[str, float] | None = None
+) -> Scenario:
+    """Read a file. `seed` and `changes` (fields of [lab]) win over it. UsageError names what is wrong in it."""
+    try:
+        text = path.read_text()
+        tree = tomllib.loads(text)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no valid TOML: {error}") from None
+    lab = tree.setdefault("lab", {})
+    if isinstance(lab, dict):
+        lab.update(
+            {key: value for key, value in {"seed": seed, **(changes or {})}.items() if value is not None}
+        )
+    try:
+        return _scenario(tree, path.stem, text)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _scenario(tree: dict[str, Any], stem: str, text: str) -> Scenario:
+    own = ("name", "description", "lab", "churn", "link", "places", "events", "bars", "clean")
+    refuse_unknown(tree, [*own, *SECTIONS], prefix="")
+    name = validate_run_id(str(tree.get("name", stem)))
+    lab = LabConfig(**_known(tree.get("lab", {}), LabConfig, "lab"))
+    churn = ChurnConfig(**_known(tree.get("churn", {}), ChurnConfig, "churn"))
+    link = _link(tree.get("link", {}), "link")
+    clean = dict(tree.get("clean", {}))
+    refuse_unknown(clean, ["kind", "link"], prefix="clean.")
+    kind = clean.get("kind", "simulated")
+    require(kind in CLEANS, "clean.kind", f"be one of {', '.join(CLEANS)}", kind)
+    scenario = Scenario(
+        name=name,
+        description=str(tree.get("description", "")),
+        lab=lab,
+        churn=churn,
+        places=_places(tree.get("places", []), link, lab.workers),
+        events=tuple(_rule(table, lab) for table in _tables(tree.get("events", []), "events")),
+        bars=_bars(tree.get("bars", {})),
+        clean=kind,
+        clean_link=_link(clean["link"], "clean.link") if "link" in clean else link,
+        manifest=_manifest(name, tree, lab),
+        text=text,
+    )
+    _check_events(scenario)
+    return scenario
+
+
+def _known(table: Any, kind: type, prefix: str) -> dict[str, Any]:
+    require(isinstance(table, Mapping), prefix, f"be a table, [{prefix}]", table)
+    refuse_unknown(table, [item.name for item in fields(kind)], prefix=f"{prefix}.")
+    return dict(table)
+
+
+def _tables(value: Any, name: str) -> Sequence[Mapping[str, Any]]:
+    good = isinstance(value, list) and all(isinstance(table, Mapping) for table in value)
+    require(good, name, f"be tables, [[{name}]]", value)
+    return list(value)
+
+
+def _link(table: Any, prefix: str) -> HomeLink:
+    values = _known(table, HomeLink, prefix)
+    for key, value in values.items():
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e6
+        require(good, f"{prefix}.{key}", "be a number of at least 0", value)
+    require(values.get("loss", 0) < 1, f"{prefix}.loss", "be below 1, such as 0.01", values.get("loss"))
+    return HomeLink(**values)
+
+
+def _places(tables: Any, link: HomeLink, workers: int) -> tuple[Place, ...]:
+    places = [Place(link) for _ in range(workers)]
+    names = [item.name for item in fields(Place) if item.name != "link"]
+    for table in _tables(tables, "places"):
+        refuse_unknown(table, ["workers", "link", *names], prefix="places.")
+        values = {key: table[key] for key in names if key in table}
+        for number in _numbers(table.get("workers"), "places.workers", workers):
+            own = places[number - 1].link
+            if "link" in table:
+                own = _link({**vars(own), **table["link"]}, "places.link")
+            places[number - 1] = Place(**{**vars(places[number - 1]), **values, "link": own})
+    require(not places[0].late, "places.late", "not hold for worker-1, which begins the run", True)
+    return tuple(places)
+
+
+def _numbers(value: Any, key: str, workers: int) -> tuple[int, ...]:
+    good = isinstance(value, list) and all(type(n) is int and 1 <= n <= workers for n in value)
+    require(good, key, f"be a list of workers' numbers, 1 to {workers}", value)
+    return tuple(value)
+
+
+def _rule(table: Mapping[str, Any], lab: LabConfig) -> EventRule:
+    refuse_unknown(table, [item.name for item in fields(EventRule)], prefix="events.")
+    kind = table.get("kind")
+    require(kind in KINDS, "events.kind", f"be one of {', '.join(KINDS)}", kind)
+    values = dict(table)
+    if "workers" in values:
+        values["workers"] = _numbers(values["workers"], "events.workers", lab.workers)
+    if "sides" in values:
+        sides = values["sides"]
+        require(isinstance(sides, list), "events.sides", "be lists of workers' numbers", sides)
+        values["sides"] = tuple(_numbers(side, "events.sides", lab.workers) for side in sides)
+    rule = EventRule(**values)
+    for name in ("round", "every_rounds", "until_round", "seconds"):
+        value = getattr(rule, name)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+        require(good, f"events.{name}", "be a number of at least 0", value)
+    is_timed = (rule.round > 0) != (rule.at_s >= 0)
+    require(is_timed, "events.round", "say when, or events.at_s instead of it", rule.round)
+    if kind in ("freeze", "cut", "partition", "fill"):
+        require(rule.seconds > 0, "events.seconds", f"say how long a {kind} lasts", rule.seconds)
+    require((kind == "bootstrap-dies") <= lab.bootstrap, "lab.bootstrap", "be true for it to die", False)
+    require((kind == "partition") == bool(rule.sides), "events.sides", "be given for a partition", rule.sides)
+    return rule
+
+
+def _check_events(scenario: Scenario) -> None:
+    for rule in scenario.events:
+        for number in rule.workers:
+            place = scenario.places[number - 1]
+            if rule.kind == "join":
+                require(place.late, "events.workers", "be marked late in [[places]] to join", number)
+            if rule.kind == "fill":
+                require(place.disk_mb > 0, "events.workers", "have places.disk_mb to be filled", number)
+            if rule.kind == "move":
+                require(not place.nat, "events.workers", "not be behind NAT to move", number)
+
+
+def _bars(table: Any) -> dict[str, float]:
+    require(isinstance(table, Mapping), "bars", "be a table, [bars]", table)
+    for key, value in table.items():
+        good = re.fullmatch(r"[a-z_]+_at_(most|least)", key) is not None
+        require(good, f"bars.{key}", "end in _at_most or _at_least", value)
+        require(type(value) in (int, float), f"bars.{key}", "be a number", value)
+    return {key: float(value) for key, value in table.items()}
+
+
+def _manifest(name: str, tree: Mapping[str, Any], lab: LabConfig) -> Manifest:
+    values: dict[str, object] = {}
+    for section in SECTIONS:
+        table = tree.get(section, {})
+        require(isinstance(table, Mapping), section, f"be a table, [{section}]", table)
+        values.update({f"{section}.{key}": value for key, value in table.items()})
+    preset = values.pop("model.preset", "tiny")
+    shared = {"train.seed": lab.seed, **values}
+    return preset_manifest(name, str(preset), shared)
