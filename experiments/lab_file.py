@@ -38,6 +38,23 @@ KINDS = {
 """What can happen."""
 SPLITTING = ("partition", "cut", "freeze", "move")
 """What may leave workers without the others, so that two histories form for a while."""
+FIGURES = (
+    "failed_rounds",
+    "contributors_mean",
+    "compute_share_mean",
+    "loss_over_clean",
+    "round_s_median",
+    "round_time_over_clean",
+    "round_time_over_plan",
+    "recovery_s_max",
+    "recovery_rounds_max",
+    "rounds_to_contribute_max",
+    "discarded_rounds",
+    "unrecovered",
+    "memory_growth",
+    "file_growth",
+)
+"""Figures of the summary that a bar can be for."""
 CLEANS = ("simulated", "measured", "none")
 
 
@@ -303,6 +320,7 @@ def _bars(table: Any) -> dict[str, float]:
     for key, value in table.items():
         good = re.fullmatch(r"[a-z_]+_at_(most|least)", key) is not None
         require(good, f"bars.{key}", "end in _at_most or _at_least", value)
+        refuse_unknown([key.rpartition("_at_")[0]], FIGURES, prefix="bars.")
         require(type(value) in (int, float), f"bars.{key}", "be a number", value)
     return {key: float(value) for key, value in table.items()}
 

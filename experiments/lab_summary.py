@@ -92,8 +92,8 @@ class Evidence:
             if entry["kind"] == "settled" and entry["verdict"] in (DONE, ALONE)
         ]
         history = lab_check.history_of(applied)
-        added = {(*one.key, one.entry["after"]): int(lab_check.work_of(one)) for one in applied}
-        return sorted((key[0] + 1, after, added[(*key, after)]) for key, after in history.items())
+        added = {(one.key, one.entry["after"]): int(lab_check.work_of(one)) for one in applied}
+        return sorted((key[0] + 1, after, added[key, after]) for key, after in history.items())
 
     def failed_rounds(self) -> list[int]:
         """Rounds in which a worker that lived on made a payload that is not whole in the run's history."""

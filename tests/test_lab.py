@@ -1,0 +1,135 @@
+"""Laws of the lab's files and schedules: what will happen is decided before anything runs, and mistakes are named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dtrain.experiments.lab_file import FIGURES, Scenario, load_scenario
+from dtrain.experiments.lab_schedule import schedule
+from dtrain.experiments.lab_summary import held
+from dtrain.trainer.cli import main
+
+CONFIGS = Path(__file__).resolve().parent.parent / "experiments" / "configs" / "lab"
+CHURN = """
+[lab]
+workers = 6
+rounds = 0
+duration_s = 600
+[churn]
+mtbf_s = 10
+"""
+EVERY = """
+[lab]
+workers = 4
+rounds = 20
+[[events]]
+kind = "kill"
+round = 3
+every_rounds = 2
+seconds = 1
+"""
+
+
+def scenario_of(tmp_path: Path, text: str, seed: int | None = None) -> Scenario:
+    path = tmp_path / "scenario.toml"
+    path.write_text(text)
+    return load_scenario(path, seed=seed)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_shipped_scenarios_are_good(path: Path) -> None:
+    """Each can be read, says what it is about, and is held to bars that the summary has."""
+    scenario = load_scenario(path)
+    assert scenario.description and scenario.bars and scenario.name == path.stem
+    assert all(key.rpartition("_at_")[0] in FIGURES for key in scenario.bars)
+    schedule(scenario)
+
+
+@pytest.mark.parametrize("text", [CHURN, EVERY], ids=["churn", "every"])
+def test_equal_seeds_give_equal_schedules(text: str, tmp_path: Path) -> None:
+    """A failure can be replayed: the same file and seed, the same events; another seed, other ones."""
+    first, second = (schedule(scenario_of(tmp_path, text, seed=7)) for _ in range(2))
+    assert first == second and len(first) > 5
+    assert schedule(scenario_of(tmp_path, text, seed=8)) != first
+
+
+def test_a_kill_in_every_round_takes_all_in_turn(tmp_path: Path) -> None:
+    """Who was killed has time to come back before its next turn."""
+    planned = schedule(scenario_of(tmp_path, EVERY))
+    assert [one.round for one in planned] == list(range(3, 21, 2))
+    for begin in (0, 4):
+        assert len({one.worker for one in planned[begin : begin + 4]}) == 4
+
+
+def test_churn_is_a_poisson_process_that_spares_who_has_just_come_back(tmp_path: Path) -> None:
+    """As many failures as asked for, each undone, nobody twice within the time that it is left in peace."""
+    scenario = scenario_of(tmp_path, CHURN)
+    scenario = replace(scenario, lab=replace(scenario.lab, duration_s=20_000.0, workers=12))
+    planned = schedule(scenario)
+    assert 1000 < len(planned) < 2100
+    back = dict.fromkeys(scenario.names, 0.0)
+    for one in planned:
+        assert one.seconds > 0 and one.at_s >= back[one.worker]
+        back[one.worker] = one.at_s + one.seconds + scenario.churn.back_s - 0.01
+    assert {one.kind for one in planned} == {"kill", "leave"}
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("[lab]\nworkers = 0\n", "lab.workers"),
+        ("[lab]\nworkerz = 3\n", "workers"),
+        ("[link]\nup = 3\n", "up_mbps"),
+        ("[link]\nloss = 2\n", "link.loss"),
+        ("[[events]]\nkind = 'explode'\nround = 1\n", "partition"),
+        ("[[events]]\nkind = 'kill'\n", "events.round"),
+        ("[[events]]\nkind = 'freeze'\nround = 1\n", "events.seconds"),
+        ("[[events]]\nkind = 'kill'\nround = 1\nworkers = [9]\n", "1 to 8"),
+        ("[[events]]\nkind = 'fill'\nround = 1\nseconds = 1\nworkers = [2]\n", "disk_mb"),
+        ("[[events]]\nkind = 'join'\nround = 1\nworkers = [2]\n", "late"),
+        ("[[events]]\nkind = 'partition'\nround = 1\nseconds = 5\n", "events.sides"),
+        ("[[events]]\nkind = 'bootstrap-dies'\nround = 1\n", "lab.bootstrap"),
+        ("[[places]]\nworkers = [1]\nlate = true\n", "places.late"),
+        ("[bars]\nfailed_rounds = 3\n", "_at_most"),
+        ("[bars]\nfaild_rounds_at_most = 3\n", "failed_rounds"),
+        ("[clean]\nkind = 'dirty'\n", "clean.kind"),
+        ("[train]\nlr = -1\n", "train.lr"),
+        ("not toml", "TOML"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line(
+    text: str, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It names the file and the setting, and says what to write."""
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    assert main(["lab", str(path), "--schedule"]) == 2
+    told = capsys.readouterr().err
+    assert str(path) in told and word in told and told.count("\n") == 1
+
+
+def test_the_schedule_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--schedule` shows what would happen, and starts nothing."""
+    assert main(["lab", str(CONFIGS / "freeze.toml"), "--schedule"]) == 0
+    assert capsys.readouterr().out.split() == ["after", "round", "5", "freeze", "worker-5,", "for", "30", "s"]
+
+
+def test_results_never_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder that holds something is refused."""
+    (tmp_path / "file").write_text("x")
+    assert main(["lab", str(CONFIGS / "freeze.toml"), "--out", str(tmp_path)]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_bars() -> None:
+    """A bar is kept at its own value; a figure that could not be had keeps none."""
+    figures = {"failed_rounds": 0, "compute_share_mean": 0.95, "recovery_s_max": None}
+    bars = {
+        "failed_rounds_at_most": 0,
+        "compute_share_mean_at_least": 0.951,
+        "recovery_s_max_at_most": 60,
+    }
+    assert [bar["ok"] for bar in held(figures, bars)] == [True, False, False]
