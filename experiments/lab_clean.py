@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from dtrain.experiments.lab_file import ChurnConfig as LabChurn
-from dtrain.experiments.lab_file import Place, Scenario
+from dtrain.experiments.lab_config import ChurnConfig as LabChurn
+from dtrain.experiments.lab_config import Place
+from dtrain.experiments.lab_file import Scenario
 from dtrain.experiments.results import write_json
 from dtrain.experiments.sim_config import ChurnConfig, MachinesConfig, NetworkConfig, SimulateConfig
 from dtrain.experiments.sim_file import RunSpec

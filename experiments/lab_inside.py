@@ -20,9 +20,10 @@ from typing import Any
 from rich.console import Console
 
 from dtrain.experiments import lab, lab_clean
+from dtrain.experiments.lab_config import Place
 from dtrain.experiments.lab_director import Director, Stuck
 from dtrain.experiments.lab_enter import reap, settle_in
-from dtrain.experiments.lab_file import Place, Scenario
+from dtrain.experiments.lab_file import Scenario
 from dtrain.experiments.lab_gauges import Gauges
 from dtrain.experiments.lab_places import BOOTSTRAP, NamespacePlaces, Places
 from dtrain.experiments.lab_plot import plot_timeline

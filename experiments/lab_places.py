@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from dtrain.experiments.lab_file import Place
+from dtrain.experiments.lab_config import Place
 from dtrain.experiments.lab_switch import Switch
 from dtrain.experiments.lab_wire import HomeLink
 from dtrain.experiments.netns import Internet

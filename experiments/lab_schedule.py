@@ -6,7 +6,8 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dtrain.experiments.lab_file import EventRule, Scenario, worker_name
+from dtrain.experiments.lab_config import EventRule
+from dtrain.experiments.lab_file import Scenario, worker_name
 
 KILL, LEAVE = "kill", "leave"
 

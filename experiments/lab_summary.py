@@ -14,8 +14,9 @@ import psutil
 
 from dtrain.dht import identity
 from dtrain.experiments import lab_check
+from dtrain.experiments.lab_config import SPLITTING
 from dtrain.experiments.lab_director import Happened
-from dtrain.experiments.lab_file import SPLITTING, Scenario
+from dtrain.experiments.lab_file import Scenario
 from dtrain.experiments.network import Link
 from dtrain.experiments.plan_cost import round_cost
 from dtrain.trainer.exchange import ALONE, DONE

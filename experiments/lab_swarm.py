@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 
 from dtrain.experiments.demo_watch import WorkerView
-from dtrain.experiments.lab_file import Place, Scenario
+from dtrain.experiments.lab_config import Place
+from dtrain.experiments.lab_file import Scenario
 from dtrain.experiments.lab_places import BOOTSTRAP, Disk, Places, skew_environment
 
 INTERRUPT_S = 20.0

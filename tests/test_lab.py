@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.experiments.lab_file import FIGURES, Scenario, load_scenario
+from dtrain.experiments.lab_config import FIGURES
+from dtrain.experiments.lab_file import Scenario, load_scenario
 from dtrain.experiments.lab_schedule import schedule
 from dtrain.experiments.lab_summary import held
 from dtrain.trainer.cli import main
