@@ -13,7 +13,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_JOBS ?= 2
 
-.PHONY: pictures browser-test dashboard-load setup demo test check chaos chaos-20 fuzz soak join-test nat-test proto evidence clean
+.PHONY: lab pictures browser-test dashboard-load setup demo test check chaos chaos-20 fuzz soak join-test nat-test proto evidence clean
 
 setup: $(STAMP)
 
@@ -73,6 +73,12 @@ join-test: setup
 hf-test: setup
 	$(BIN)/pytest tests/test_models_hf.py -m "slow or not slow" $(TEST_ARGS)
 
+# Some of the lab's scenarios, under 15 minutes on a machine with two free cores: Linux, as root or with user namespaces.
+LAB := freeze partition kill-each-round nat
+lab: setup
+	$(BIN)/pytest tests/test_lab_run.py -m netns
+	@for name in $(LAB); do $(BIN)/dtrain lab experiments/configs/lab/$$name.toml || exit 1; done
+
 # Workers behind routers that nobody can dial, and on machines that move, in network namespaces: Linux, as root.
 nat-test: setup
 	$(BIN)/pytest tests/test_nat.py tests/test_lan.py -m netns $(TEST_ARGS)
@@ -82,7 +88,7 @@ proto: setup
 	$(BIN)/python -m grpc_tools.protoc -Itrainer --python_out=trainer --pyi_out=trainer control.proto
 
 # Dockerfile by hadolint, compose.yaml by the Compose specification's schema.
-.PHONY: docker-check
+.PHONY: lab docker-check
 docker-check: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docker-check]'
 	$(BIN)/pytest tests/test_docker.py -m "docker or not docker" $(TEST_ARGS)
