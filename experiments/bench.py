@@ -11,6 +11,8 @@ BENCHES = {
         "the codec against plain torch, the memory floor and the entropy",
     ),
     "exchange": ("dtrain.experiments.bench_exchange", "a round against stock hivemind and an all-gather"),
+    "data": ("dtrain.experiments.bench_data", "how long training waits for streamed data"),
+    "memory": ("dtrain.experiments.bench_memory", "what memory a worker takes, by preset and option"),
     "dashboard": ("dtrain.experiments.dashboard_load", "the dashboard under many viewers"),
     "join": ("dtrain.experiments.bench_join", "what a mass join costs those who train"),
     "pace": ("dtrain.experiments.bench_pace", "what unequal machines lose to one another"),

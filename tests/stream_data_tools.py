@@ -1,13 +1,9 @@
-"""Small data in the formats of the real sets, and a server on loopback that can be made to fail."""
+"""Small data in the formats of the real sets."""
 
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -53,71 +49,3 @@ def opened(manifest: Manifest, path: Path | None, lines: list[str] | None = None
     data = open_data(manifest, path, None, (lines if lines is not None else []).append)
     assert isinstance(data, StreamedCorpus)
     return data
-
-
-@dataclass
-class Faults:
-    """What the server does wrong."""
-
-    cut_after: int | None = None
-    """Close the connection after so many bytes of each answer."""
-    gone: set[str] = field(default_factory=set)
-    """Paths that are answered with 404."""
-    refuse: bool = False
-    """Answer everything with 503."""
-    num_requests: int = 0
-
-
-@contextmanager
-def serving(folder: Path) -> Iterator[tuple[str, Faults]]:
-    """(URL, faults) of a server of a folder's files that understands ranges, as object stores do."""
-    faults = Faults()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_HEAD(self) -> None:
-            self.answer(body=False)
-
-        def do_GET(self) -> None:
-            self.answer(body=True)
-
-        def answer(self, body: bool) -> None:
-            faults.num_requests += 1
-            path = folder / self.path.lstrip("/")
-            if faults.refuse or self.path.lstrip("/") in faults.gone or not path.exists():
-                self.send_response(503 if faults.refuse else 404)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            data = path.read_bytes()
-            first, last = 0, len(data) - 1
-            if wanted := self.headers.get("Range"):
-                low, _, high = wanted.removeprefix("bytes=").partition("-")
-                first, last = int(low), min(last, int(high) if high else last)
-                self.send_response(206)
-                self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
-            else:
-                self.send_response(200)
-            piece = data[first : last + 1]
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Length", str(len(piece)))
-            self.end_headers()
-            if body:
-                self.wfile.write(piece[: faults.cut_after])
-                if faults.cut_after is not None and len(piece) > faults.cut_after:
-                    self.close_connection = True
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", faults
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -44,7 +44,9 @@ def test_a_sound_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     """Nothing is planted, nothing is found: exit code 0, and no fix beside what is well."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 50e9))
     code, found = report(capsys)
-    assert code == 0 and list(found) == ["python", "packages", "accelerator", "memory", "disk", "port"]
+    assert code == 0
+    assert list(found) == ["python", "packages", "accelerator", "training", "memory", "disk", "port"]
+    assert "fp32" in found["training"].detail or "bf16" in found["training"].detail
     assert all(
         check.status in (OK, WARN) and (check.fix == "") == (check.status == OK) for check in found.values()
     )

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stream_data_tools import QUICK, TEXTS, manifest_for, opened, serving, write
+from stream_data_tools import QUICK, TEXTS, manifest_for, opened, write
 from test_assignment import settled
 from test_worker import MODEL, assert_one_theta, swarm_of
 
+from dtrain.experiments.range_server import serving
 from dtrain.trainer import streamed
 from dtrain.trainer.config_data import DataConfig, PartConfig
 from dtrain.trainer.data import Corpus, Data, open_data

@@ -66,6 +66,7 @@ def _checks(args: argparse.Namespace, invite: Invite | None) -> Iterator[Check]:
     yield doctor.python_version()
     yield doctor.packages()
     yield _guarded("accelerator", lambda: doctor.accelerator(0.3 if args.quick else doctor.SPEED_S))
+    yield _guarded("training", doctor.training)
     yield doctor.memory()
     yield doctor.disk(args.folder)
     yield (port := doctor.port(args.host, args.port))

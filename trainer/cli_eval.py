@@ -89,13 +89,13 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, batches: Iterable[tuple[Ten
     """The score over batches x, y [B, T]."""
     import torch
 
-    from dtrain.trainer.inner import forward
+    from dtrain.trainer.compute import Compute
 
-    device = next(model.parameters()).device
+    compute = Compute(model)
     nats, tokens, num_bytes = 0.0, 0, 0
     with torch.no_grad():
         for x, y in batches:
-            nats += float(forward(model, x, y, device)) * y.numel()
+            nats += float(compute.loss(x, y)) * y.numel()
             tokens += y.numel()
             num_bytes += sum(len(tokenizer.decode(row).encode("utf-8")) for row in y.tolist())
     if tokens == 0 or num_bytes == 0:

@@ -17,6 +17,14 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--name", help="shown to the others (default: worker-1, worker-2, ...)")
     machine.add_argument("--folder", type=Path, help="where checkpoints go (default: ./dtrain-runs/RUN/NAME)")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    machine.add_argument("--precision", default="auto", help="of matrix products: auto, fp32, bf16 or fp16")
+    machine.add_argument(
+        "--micro-batch", type=int, default=0, help="sequences per pass; 0 = as memory allows"
+    )
+    machine.add_argument(
+        "--recompute", action="store_true", help="compute activations twice: less memory, slower"
+    )
+    machine.add_argument("--compile", default="auto", help="torch.compile: auto (on CUDA), yes or no")
     machine.add_argument(
         "--threads", type=int, default=0, help="CPU threads for training; 0 = all cores but one"
     )
@@ -51,6 +59,12 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(machine, "what this worker does")
     machine.add_argument("--eval-every", type=int, default=5, help="rounds between evaluations; 0 = never")
     machine.add_argument("--checkpoint-every", type=int, default=5, help="rounds a checkpoint; 0 = never")
+    machine.add_argument(
+        "--checkpoint-to",
+        default="",
+        metavar="URL",
+        help="copy checkpoints there too: s3://, gs://, a folder",
+    )
     machine.add_argument("--keep-checkpoints", type=int, default=3, help="checkpoints that stay on disk")
     machine.add_argument("--host", default="0.0.0.0", help="IPv4 address to listen on")
     machine.add_argument(

@@ -226,6 +226,10 @@ class Session:
             name=self.name,
             folder=self.folder,
             device=args.device,
+            precision=args.precision,
+            micro_batch=args.micro_batch,
+            recompute=args.recompute,
+            compile=args.compile,
             threads=args.threads,
             max_tokens_per_s=args.max_tokens_per_s,
             audit=args.audit,
@@ -238,6 +242,7 @@ class Session:
             eval_every=args.eval_every,
             keep_checkpoints=args.keep_checkpoints,
             checkpoint_every=args.checkpoint_every,
+            checkpoint_to=args.checkpoint_to,
         )
         journal, voice = self._journal() if args.journal else None, self.voice
         with voice.waiting("Getting the text to train on"):

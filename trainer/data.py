@@ -258,7 +258,7 @@ def _stdlib_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     folder = stdlib_folder()
     train: list[bytes] = []
     held_out: list[bytes] = []
-    for relative in _python_sources(folder):
+    for relative in python_sources(folder):
         # By name, not by order: a file is held out by all workers or by none, whatever their Python's version.
         draw = int.from_bytes(hashlib.sha256(relative.encode()).digest()[:8], "big") / 2.0**64
         chosen = held_out if draw < config.eval_fraction else train
@@ -272,7 +272,7 @@ def _stdlib_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     )
 
 
-def _python_sources(folder: Path) -> list[str]:
+def python_sources(folder: Path) -> list[str]:
     """Paths of the sources relative to `folder`, with "/", sorted."""
     found = []
     for parent, folders, files in os.walk(folder):

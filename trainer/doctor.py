@@ -6,6 +6,7 @@ The checks take what was measured; measuring is done in `trainer/cli_doctor.py` 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 import shutil
 import socket
@@ -23,6 +24,7 @@ MIN_MEMORY_GB, GOOD_MEMORY_GB = 1.5, 4.0
 MAX_SKEW_S, GOOD_SKEW_S = 3.0, 1.0  # beyond the first, records of others look expired or not yet valid
 SLOW_MBPS = 1.0
 SPEED_S = 3.0
+HUB_PACKAGES = ("datasets", "tokenizers", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,22 @@ def accelerator(seconds: float = SPEED_S) -> Check:
     if device.type != "cpu":
         return Check("accelerator", OK, detail)
     return Check("accelerator", WARN, detail, _gpu_fix())
+
+
+def training() -> Check:
+    """What a worker chooses here where its flags leave it open, and whether it can read the hub's data and models."""
+    from dtrain.trainer.compute import CPU_TOKENS, choose_precision
+    from dtrain.trainer.settings import resolve_device
+
+    device = resolve_device("auto")
+    passes = f"passes of {CPU_TOKENS:,} tokens" if device.type == "cpu" else "passes halved until they fit"
+    compiled = "compiled" if device.type == "cuda" else "not compiled"
+    detail = f"on {device.type} in {choose_precision('auto', device)}, {passes}, {compiled}"
+    lacking = [name for name in HUB_PACKAGES if importlib.util.find_spec(name) is None]
+    if not lacking:
+        return Check("training", OK, f"{detail}; data and models of the hub can be used")
+    fix = "for runs with data or models of the Hugging Face hub: pip install 'dtrain[hf]'"
+    return Check("training", WARN, f"{detail}; without {', '.join(lacking)}", fix)
 
 
 def _gpu_fix() -> str:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import psutil
 
 from dtrain.trainer.exchange import ABSENT, PeerView
-from dtrain.trainer.inner import forward
 from dtrain.trainer.voice import duration
 
 if TYPE_CHECKING:
@@ -108,10 +107,8 @@ def _step_s(worker: Worker) -> float:
     for _ in range(2):
         x, y = next(batches)
         began = worker.clock.monotonic()
-        loss = forward(worker.model, x, y, worker.local.flat.device)
-        loss.backward()  # type: ignore[no-untyped-call]
-        float(loss.detach())
-        worker.model.zero_grad(set_to_none=False)
+        float(worker.compute.backward(x, y, worker.model.zero_grad))
+        worker.model.zero_grad()
         seconds = worker.clock.monotonic() - began
     return max(1e-6, seconds)
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dtrain.trainer import exact
+from dtrain.trainer.compute import Compute, autocast
 from dtrain.trainer.config import TrainConfig
 from dtrain.trainer.config_data import DataConfig
 from dtrain.trainer.data import Data
-from dtrain.trainer.errors import RunError
+from dtrain.trainer.errors import RunError, UsageError
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.optimizers import make_optimizers
 
 DELTA = "delta"  # theta - local: the inner steps move the local weights
 GRADIENT = "gradient"  # the mean gradient at theta: the inner steps leave the weights alone
 
+EVAL_TOKENS = 4096  # per pass: the logits of more would take more memory than training does
 TABLES = ("qmap1", "qmap2", "absmax1", "absmax2")
 """Parts of bitsandbytes' state whose shape is not the parameter's."""
 
@@ -61,11 +63,11 @@ class InnerLoop:
     It contributes a delta: base - local.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, compute: Compute | None = None) -> None:
         self.model = model
+        self.compute = compute or Compute(model)
         self.config = config
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.device = next(model.parameters()).device
         self.optimizers = make_optimizers(model, config)
 
     def step(self, x: Tensor, y: Tensor, index: int) -> Tensor:
@@ -74,13 +76,19 @@ class InnerLoop:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.zero_grad(set_to_none=True)
-        loss = forward(self.model, x, y, self.device)
-        loss.backward()  # type: ignore[no-untyped-call]
+        self._clear()
+        loss, scaler = self.compute.backward(x, y, self._clear), self.compute.scaler
+        for optimizer in self.optimizers:
+            scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
         for optimizer in self.optimizers:
-            optimizer.step()
-        return loss.detach()
+            scaler.step(optimizer)
+        scaler.update()
+        return loss
+
+    def _clear(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def contribution(self, base: Tensor, local: FlatParameters) -> list[Tensor]:
         """See Inner."""
@@ -119,27 +127,39 @@ class InnerLoop:
 class GradientLoop:
     """Adds up gradients and leaves the weights alone. It contributes the mean gradient since its last contribution."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, compute: Compute | None = None) -> None:
         self.model = model
-        self.device = next(model.parameters()).device
+        self.compute = compute or Compute(model)
+        if self.compute.precision == "fp16":
+            raise UsageError(
+                "--precision fp16 goes with strategies that have an inner optimizer: type bf16 or fp32"
+            )
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._num_steps = 0
 
     def step(self, x: Tensor, y: Tensor, index: int) -> Tensor:
         """See Inner."""
-        if self._num_steps == 0:
-            self.model.zero_grad(set_to_none=True)
-        loss = forward(self.model, x, y, self.device)
-        loss.backward()  # type: ignore[no-untyped-call]
+        before = [p.grad for p in self.parameters] if self._num_steps else []
+        self._clear()
+        loss = self.compute.backward(x, y, self._clear)
+        for parameter, sum in zip(self.parameters, before):
+            if parameter.grad is None:
+                parameter.grad = sum
+            elif sum is not None:
+                parameter.grad += sum
         self._num_steps += 1
-        return loss.detach()
+        return loss
+
+    def _clear(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def contribution(self, base: Tensor, local: FlatParameters) -> list[Tensor]:
         """See Inner."""
         count, self._num_steps = self._num_steps, 0
         if count == 0:
             return [torch.zeros(shape) for _, shape in local.shapes]
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in trained)
+        gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
         return [gradient.float().div(count).cpu() for gradient in gradients]
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -150,23 +170,9 @@ class GradientLoop:
         """Nothing to take over."""
 
 
-def make_inner(model: nn.Module, config: TrainConfig, collects: str) -> Inner:
+def make_inner(model: nn.Module, config: TrainConfig, collects: str, compute: Compute | None = None) -> Inner:
     """The inner training of a strategy that collects this, see `strategy.py`."""
-    return GradientLoop(model) if collects == GRADIENT else InnerLoop(model, config)
-
-
-def forward(model: nn.Module, x: Tensor, y: Tensor, device: torch.device) -> Tensor:
-    """The loss of x, y [B, T] int64 (0-dim)."""
-    with autocast(device):
-        loss: Tensor = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
-    return loss
-
-
-def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """bfloat16 matrix products on GPUs that have them; fp32 elsewhere."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    return nullcontext()
+    return GradientLoop(model, compute) if collects == GRADIENT else InnerLoop(model, config, compute)
 
 
 @torch.no_grad()
@@ -175,8 +181,9 @@ def evaluate(model: nn.Module, corpus: Data, data: DataConfig, train: TrainConfi
     device = next(model.parameters()).device
     total, count = 0.0, 0
     with evaluating(model):
+        at_once = max(1, min(train.batch_size, EVAL_TOKENS // train.seq_len))
         for x, y in corpus.eval_batches(
-            batch_size=train.batch_size, seq_len=train.seq_len, max_tokens=data.eval_tokens
+            batch_size=at_once, seq_len=train.seq_len, max_tokens=data.eval_tokens
         ):
             with autocast(device):
                 total += float(model(x.to(device), y.to(device))) * y.numel()

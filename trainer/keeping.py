@@ -10,6 +10,7 @@ from dtrain.trainer.exchange import Exchange
 from dtrain.trainer.feedback import Feedback, take_over_residual
 from dtrain.trainer.inner import Inner
 from dtrain.trainer.journal import Books
+from dtrain.trainer.mirror import Mirror
 from dtrain.trainer.outer_loop import OuterLoop, named, part
 from dtrain.trainer.reporting import Reporter
 from dtrain.trainer.settings import MachineSettings
@@ -34,12 +35,16 @@ class Keeper:
         self._exchange, self._outer, self._feedback, self._inner = exchange, outer, feedback, inner
         self._report, self._books = report, books
         self._store = CheckpointStore(settings.folder / "checkpoints", settings.keep_checkpoints)
+        url = settings.checkpoint_to
+        self._mirror = Mirror(url, settings.keep_checkpoints, report.say) if url else None
         self._weight = 0  # of our newest payload, in tokens
         self._num_handed = 0  # of the residual's hand-overs that are in the feedback
 
     def restore(self, manifest_hash: bytes) -> bool:
         """Go on from the newest checkpoint; False if there is none. UsageError if they are another run's."""
         checkpoint = self._store.newest(manifest_hash)
+        if checkpoint is None and self._mirror is not None and self._mirror.fetch_newest(self._store.folder):
+            checkpoint = self._store.newest(manifest_hash)
         if checkpoint is not None:
             self._outer.replace(checkpoint)
             self._feedback.load_state_dict(part(checkpoint.tensors, "feedback"))
@@ -79,9 +84,16 @@ class Keeper:
         }
         extra = {"own_tokens": self._report.tokens, HANDED: self._num_handed}
         try:
-            self._store.save(self._outer.checkpoint(tensors, extra))
+            path = self._store.save(self._outer.checkpoint(tensors, extra))
         except RunError as error:  # a full disk must not end the training
             self._report.say(f"{error}; training goes on, the previous checkpoint is intact")
         else:
             self._books.note("saved")
             self._exchange.residual_saved(self._num_handed)
+            if self._mirror is not None:
+                self._mirror.put(path)
+
+    def close(self) -> None:
+        """Wait until the last checkpoint is where it is wanted."""
+        if self._mirror is not None:
+            self._mirror.close()

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from dtrain.trainer.config import ModelConfig
 
@@ -30,6 +31,8 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
+        """Compute the blocks' activations again in the backward pass, rather than keep them."""
         self.embedding = nn.Embedding(config.vocab_size, config.dim)  # also the output layer, transposed
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         cos, sin = rotary_table(config.seq_len, config.dim // config.num_heads)
@@ -46,7 +49,10 @@ class GPT(nn.Module):
         cos, sin = self.cos[:length], self.sin[:length]
         x = norm(self.embedding(tokens))  # [B, T, dim]
         for block in self.blocks:
-            x = block(x, cos, sin)
+            if self.recompute and self.training:
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin)
         logits = functional.linear(norm(x), self.embedding.weight)
         if targets is None:
             return logits

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from dtrain.trainer.bulletin import SAMPLE_TOPIC, TOPIC, Bulletin, EvalLine, RoundLine, Sample
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
+from dtrain.trainer.compute import device_peak_bytes
 from dtrain.trainer.download import Bar
 from dtrain.trainer.exchange import Exchange, Outcome
 from dtrain.trainer.feed import Feed
@@ -294,6 +295,7 @@ class Reporter:
             digest=self.outer.digest.hex(),
             bytes_up=up,
             bytes_down=down,
+            device_peak_bytes=device_peak_bytes(self.device),
         )
         self.say(
             f"Stopped ({reason}) after {self.outer.round} rounds; {self.tokens:,} tokens of yours are in the run."

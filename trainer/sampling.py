@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from dtrain.trainer.compute import autocast
 from dtrain.trainer.data import Data
 from dtrain.trainer.exchange import ABSENT, Exchange
-from dtrain.trainer.inner import autocast, evaluating
+from dtrain.trainer.inner import evaluating
 
 PROMPT_TOKENS = 48
 MAX_TOKENS = 160

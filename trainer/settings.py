@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+COMPILES = ("auto", "yes", "no")
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,18 @@ class MachineSettings:
     """Rounds between two evaluations, and one after the last; 0 = none."""
     keep_checkpoints: int = 3
     """Newest checkpoints that stay on disk."""
+    checkpoint_to: str = ""
+    """URL or folder that gets a copy of each checkpoint, as fsspec knows it; "" = none."""
     checkpoint_every: int = 5
     """Rounds between two checkpoints; 0 = none, not even at the end."""
+    precision: str = "auto"
+    """Of matrix products: fp32, bf16, fp16; "auto" takes bf16 on a GPU that has it, fp32 on a CPU."""
+    micro_batch: int = 0
+    """Sequences per pass, of which a step has as many as it needs; 0 = found here."""
+    recompute: bool = False
+    """Compute activations twice rather than keep them: less memory, a third more time."""
+    compile: str = "auto"
+    """torch.compile: yes, no, or "auto" = on CUDA GPUs, where it pays."""
 
     def __post_init__(self) -> None:
         if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name) is None:
@@ -60,9 +71,12 @@ class MachineSettings:
             raise UsageError(
                 f"there is no device (--device) {self.device!r}: choose one of {', '.join(DEVICES)}"
             )
+        if self.compile not in COMPILES:
+            raise UsageError(f"--compile {self.compile!r} will not do: type one of {', '.join(COMPILES)}")
         for field, flag, least in (
             ("max_tokens_per_s", "--max-tokens-per-s", 0),
             ("threads", "--threads", 0),
+            ("micro_batch", "--micro-batch", 0),
             ("max_rounds", "--rounds", 0),
             ("eval_every", "--eval-every", 0),
             ("keep_checkpoints", "--keep-checkpoints", 1),

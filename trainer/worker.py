@@ -14,6 +14,7 @@ from dtrain.compression.codec import Codec
 from dtrain.trainer.audit import AuditedFeedback
 from dtrain.trainer.catchup import catch_up
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
+from dtrain.trainer.compute import Compute
 from dtrain.trainer.control import Control
 from dtrain.trainer.data import Data, open_data
 from dtrain.trainer.delivery import Delivery, Training
@@ -77,7 +78,15 @@ class Worker:
             )
         self.outer = OuterLoop(manifest, self.local, self.codec, self.strategy)
         self.books = Books(journal or NoJournal(), self.outer, self.codec)
-        self.inner = make_inner(self.model, manifest.train, self.strategy.collects)
+        self.compute = Compute(
+            self.model,
+            precision=settings.precision,
+            micro_batch=settings.micro_batch,
+            recompute=settings.recompute,
+            compile=settings.compile,
+            say=say,
+        )
+        self.inner = make_inner(self.model, manifest.train, self.strategy.collects, self.compute)
         self.corpus = corpus or open_data(manifest, settings.data, settings.tokenizer, say, self._stop)
         self.feed = Feed(manifest, self.corpus, exchange, clock)
         self.pacer = Pacer(manifest, exchange, clock)
@@ -284,3 +293,4 @@ class Worker:
         self.report.stopped("finished, as you asked" if asked else self._stop_reason)
         self._courier.shutdown()
         self.corpus.close()
+        self.keeper.close()
