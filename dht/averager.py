@@ -24,6 +24,7 @@ from hivemind.utils import get_dht_time
 from dtrain.compression.codec import Codec
 from dtrain.dht.faults import FaultPlan, spoil_hello
 from dtrain.dht.groups import Groups
+from dtrain.dht.heartbeats import Heartbeats
 from dtrain.dht.history import RoundHistory, RoundRecord, as_others_have_it, fetch_round
 from dtrain.dht.kept_residual import KeptResidual
 from dtrain.dht.matchmaking import RoundMatchmaking, Ticket
@@ -31,7 +32,7 @@ from dtrain.dht.membership import Contribution, agree_on_members, pack_hello
 from dtrain.dht.reachability import CLIENT
 from dtrain.dht.rounds import RoundRunner
 from dtrain.dht.state_donor import StateDonor
-from dtrain.dht.streams import answer, in_background, next_message, parse_header
+from dtrain.dht.streams import StreamError, answer, in_background, next_message, parse_header
 from dtrain.dht.uplink import Uplink
 
 REQUEST_TIMEOUT_S = 3.0  # a leader that does not answer within this is passed over
@@ -76,6 +77,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         reach: str,
         residual: KeptResidual,
         faults: FaultPlan,
+        door: Heartbeats,
     ):
         super().__init__(
             [torch.zeros(1)],  # our tensors travel as payloads; hivemind's own list stays a token
@@ -88,7 +90,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             allow_state_sharing=False,
         )
         self.terms, self.codec, self._donor = terms, codec, donor
-        self._reach = reach
+        self._reach, self._door = reach, door
         self.schema_hash = terms.manifest_hash  # peers of another manifest are refused while matchmaking
         self.history = RoundHistory()
         self._groups = Groups()
@@ -105,6 +107,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             self.schema_hash,
             self.dht,
             base_prefix=self.terms.prefix,
+            refuses=self._door.refuses,
             client_mode=self.client_mode,
             **self.matchmaking_kwargs,
         )
@@ -123,7 +126,9 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         said = spoil_hello(contribution, self._faults.happen("matchmaking", contribution.round))
         patience_s = max(MIN_MATCHMAKING_S, self.terms.matchmaking_s)
         ticket = Ticket(
-            data_for_gather=pack_hello(said, reach=self._reach, mbps=self._uplink.mbps),
+            data_for_gather=pack_hello(
+                said, reach=self._reach, mbps=self._uplink.mbps, shown=self._door.own_pass
+            ),
             scheduled_time=now + patience_s,
             deadline=now + patience_s + 2 * MIN_MATCHMAKING_S,
         )
@@ -138,7 +143,9 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         self, group: GroupInfo, *, contribution: Contribution, wait_s: float
     ) -> RoundRecord:
         started = time.monotonic()
-        members = agree_on_members(group.peer_ids, group.gathered, contribution.round, self.terms.max_weight)
+        members = agree_on_members(
+            group.peer_ids, group.gathered, contribution.round, self.terms.max_weight, self._door.proves
+        )
         ids = [member.peer_id for member in members]
         if str(self.peer_id) not in ids:
             self._running_groups[group.group_id].cancel()
@@ -242,8 +249,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
 
         async def handle() -> Reply:
             nonlocal runner
-            first = await next_message(stream, self.terms.sender_timeout_s)
-            header = parse_header(first.value, MAX_HEADER_SIZE_FIELD)
+            header = await self._header(stream, context, MAX_HEADER_SIZE_FIELD)
             runner = await self._groups.get(header.get("group"))
             return await runner.serve_part(str(context.remote_id), header, stream)
 
@@ -260,7 +266,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         """A groupmate that lost a reducer asks for that reducer's aggregate."""
 
         async def handle() -> Reply:
-            header = await self._header(stream)
+            header = await self._header(stream, context)
             runner = await self._groups.get(header.get("group"))
             return runner.serve_span(str(context.remote_id), header.get("span"))
 
@@ -273,7 +279,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         """A straggler asks for the aggregates of a past round."""
 
         async def handle() -> Reply:
-            return self.history.reply((await self._header(stream)).get("round"))
+            return self.history.reply((await self._header(stream, context)).get("round"))
 
         async for message in answer(stream, handle):
             yield message
@@ -282,12 +288,18 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         self, stream: AsyncIterator[BytesValue], context: P2PContext
     ) -> AsyncIterator[BytesValue]:
         """A newcomer asks for everything it needs to stand where we stand."""
-        async for message in self._donor.serve(stream, lambda: self._header(stream)):
+        async for message in self._donor.serve(stream, lambda: self._header(stream, context)):
             yield message
 
-    async def _header(self, stream: AsyncIterator[BytesValue]) -> dict[str, Any]:
+    async def _header(
+        self, stream: AsyncIterator[BytesValue], context: P2PContext, max_bytes: int = 0
+    ) -> dict[str, Any]:
+        """The first message of a request. Raises StreamError, also for whom we do not let in."""
         first = await next_message(stream, self.terms.sender_timeout_s)
-        return parse_header(first.value, 0)
+        refusal = self._door.refuses(str(context.remote_id))
+        if refusal:
+            raise StreamError(refusal)
+        return parse_header(first.value, max_bytes)
 
     async def rpc_download_state(
         self, request: averaging_pb2.DownloadRequest, context: P2PContext

@@ -15,6 +15,7 @@ from dtrain.dht.address_book import AddressBook
 from dtrain.dht.outcome import Outcome, PeerView, outcome_of
 from dtrain.dht.process import RESTART_PAUSE_S, ConnectionLost, ExchangeError, NetworkProcess
 from dtrain.dht.state_files import Provider, State, StateFiles, Watch
+from dtrain.dht.tokens import reason_text
 
 CONNECT_TIMEOUT_S = 60.0
 OPEN_TIMEOUT_S = 600.0  # on a machine's first run the codec is compiled meanwhile
@@ -64,6 +65,9 @@ class DhtExchange:
         self.on_change: Callable[[str, str], None] = lambda state, reason: None
         self._on_compiling: Callable[[int, int], None] = lambda done, total: None
         self._moved = ""
+        self._refusals: dict[str, int] = {}
+        self.refused = ""  # a line for the user: why the others do not let this peer in
+        self.on_refused: Callable[[], None] = lambda: None  # called once, when that is known
         self._rates = {"up_mbps": 0.0, "down_mbps": 0.0}
         self.process = NetworkProcess(self._hear, self._reply)
         self.process.on_death = lambda: self.on_change("lost", DIED)
@@ -121,13 +125,16 @@ class DhtExchange:
         heartbeat_s: float,
         heartbeat_ttl_s: float,
         pieces: Sequence[int] = (),
+        admission: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin to take part in a run. `manifest` is its signed form, handed to whoever asks for it; `pieces` are the
-        lengths in bytes that the trainer's state is cut into for newcomers (none: it gives no state)."""
+        lengths in bytes that the trainer's state is cut into for newcomers (none: it gives no state); `admission` is
+        what `dht.door.entry_of` takes (None: everybody is let in)."""
         self._state_files.sweep()
         self._run = {
             "run_id": run_id,
             "manifest": manifest,
+            "admission": dict(admission or {}),
             "codec": dict(codec),
             "shapes": [[name, list(shape)] for name, shape in shapes],
             "pieces": list(pieces),
@@ -192,6 +199,10 @@ class DhtExchange:
                 self._address_book.hear(view.peer_id, view.status.get("address"))
             up, down = message["traffic"]
             self._traffic = (up, down)
+            self._refusals = message.get("refusals", self._refusals)
+            if message.get("refused") and not self.refused:
+                self.refused = reason_text(message["refused"])
+                self.on_refused()
         elif message["event"] == "moved":
             self._moved = message["reason"]
             self.process.ends_on_purpose = True
@@ -280,6 +291,9 @@ class DhtExchange:
         return None if answer is None else outcome_of(round, answer)
 
     def fetch_state(self, watch: Watch) -> State | None:
+        if self.refused:
+            watch.trouble(self.refused)
+            return None
         self._state_files.watch = watch
         try:
             answer = self.process.command("fetch_state", timeout_s=STATE_TIMEOUT_S)
@@ -294,6 +308,9 @@ class DhtExchange:
 
     def serve_state(self, provider: Provider) -> None:
         self._state_files.provider = provider
+
+    def refusals(self) -> Mapping[str, int]:
+        return self._refusals
 
     def traffic(self) -> tuple[int, int]:
         return self._past_traffic[0] + self._traffic[0], self._past_traffic[1] + self._traffic[1]

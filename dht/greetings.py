@@ -11,14 +11,14 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
 
-from dtrain.dht.records import MAX_STATUS_TEXT, pack_status, unpack_status
+from dtrain.dht.records import MAX_PASS_TEXT, MAX_STATUS_TEXT, pack_status, unpack_status
 from dtrain.dht.streams import in_background
 
 ANSWER_S = 3.0  # longest wait for an answer
@@ -45,12 +45,15 @@ class Greeting:
     said: float = 0.0  # 0 = nothing new
     status: Mapping[str, Any] | None = None  # None = as before
     leads: Leads = NOBODY
+    shown: bytes = b""  # the speaker's pass, to whom knows nothing of it
+    refused: str = ""  # why the listener is not let in
 
 
 class Greetings(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
     """Tells our news to other peers and hears theirs.
 
-    `hear(peer id, greeting)` takes in what another says; `have(peer id)` is `said` of the newest of its news.
+    `hear(peer id, greeting)` takes in what another says; `have(peer id)` is `said` of the newest of its news;
+    `own_pass` is shown to whom knows nothing of us; `refusal(peer id)` says why a peer is not let in.
     """
 
     def __init__(
@@ -60,8 +63,11 @@ class Greetings(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
         *,
         hear: Callable[[str, Greeting], None],
         have: Callable[[str], float],
+        own_pass: bytes = b"",
+        refusal: Callable[[str], str] = lambda peer: "",
     ):
         self._p2p, self._prefix, self._hear, self._have = p2p, prefix, hear, have
+        self._own_pass, self._refusal = own_pass, refusal
         self.own: News | None = None  # None = we only listen
         self._told: dict[str, News] = {}
         self._telling: dict[str, asyncio.Task[None]] = {}
@@ -105,15 +111,17 @@ class Greetings(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
         if own is None or told is own:
             return pack_greeting(Greeting(self._have(peer)))
         status = own.status if told is None or told.status != own.status else None
-        return pack_greeting(Greeting(self._have(peer), own.said, status, own.leads))
+        shown = self._own_pass if told is None else b""
+        return pack_greeting(Greeting(self._have(peer), own.said, status, own.leads, shown))
 
     async def rpc_greet(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """Another peer says what it is doing, and gets what it has not heard of us."""
         peer, greeting = str(context.remote_id), unpack_greeting(request.value)
         self._hear(peer, greeting)
-        reply, own = Greeting(self._have(peer)), self.own
+        reply, own = Greeting(self._have(peer), refused=self._refusal(peer)), self.own
         if own is not None and greeting.have < own.said:
-            reply = Greeting(self._have(peer), own.said, own.status, own.leads)
+            shown = b"" if greeting.have else self._own_pass
+            reply = replace(reply, said=own.said, status=own.status, leads=own.leads, shown=shown)
         return BytesValue(value=pack_greeting(reply))
 
 
@@ -126,6 +134,10 @@ def pack_greeting(greeting: Greeting) -> bytes:
         fields["status"] = pack_status(greeting.status)
     if greeting.leads != NOBODY:
         fields["leads"] = list(greeting.leads)
+    if greeting.shown:
+        fields["pass"] = greeting.shown
+    if greeting.refused:
+        fields["refused"] = greeting.refused
     packed = msgpack.packb(fields)
     assert isinstance(packed, bytes)
     return packed
@@ -140,10 +152,13 @@ def unpack_greeting(blob: bytes) -> Greeting:
         have, said, leads = fields["have"], fields.get("said", 0.0), fields.get("leads", NOBODY)
         group, until = leads
         fits = all(isinstance(x, float) and 0 <= x < math.inf for x in (have, said, until))
+        shown, refused = fields.get("pass", b""), fields.get("refused", "")
         fits = fits and isinstance(group, str) and len(group) <= MAX_STATUS_TEXT
+        fits = fits and isinstance(shown, bytes) and isinstance(refused, str)
+        fits = fits and len(shown) <= MAX_PASS_TEXT and len(refused) <= MAX_STATUS_TEXT
         status = unpack_status(fields["status"]) if "status" in fields else None
     except Exception:  # msgpack raises half a dozen types on hostile bytes
         raise ValueError("not a greeting") from None
     if not fits or ("status" in fields and status is None):
         raise ValueError("a greeting with an unfit field")
-    return Greeting(have, said, status, (group, until))
+    return Greeting(have, said, status, (group, until), shown, refused)

@@ -8,6 +8,7 @@ there if it says so itself: what the DHT holds of it may be a minute old.
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,12 @@ import base58
 from hivemind.dht.node import DHTNode
 from hivemind.utils import get_dht_time
 
+from dtrain.dht.admissions import Admissions
+from dtrain.dht.door import Entry
 from dtrain.dht.greetings import NOBODY, Greeting, Greetings, Leads, News
 from dtrain.dht.reachability import CLIENT
-from dtrain.dht.records import MAX_LIFETIME_S, pack_status, unpack_status
+from dtrain.dht.records import MAX_LIFETIME_S, PASS_FIELD, pack_status, unpack_status
+from dtrain.dht.streams import in_background
 
 # States in which a worker takes part in no round; see `dtrain.trainer.exchange.ABSENT`.
 ABSENT = ("joining", "paused", "finished", "leaving", "stopped")
@@ -61,12 +65,34 @@ class PeerRecord:
 class Heartbeats:
     """Tells this worker's heartbeat and keeps the view of the others fresh."""
 
-    def __init__(self, node: DHTNode, prefix: str, *, ttl_s: float, poll_s: float):
+    def __init__(
+        self,
+        node: DHTNode,
+        prefix: str,
+        *,
+        ttl_s: float,
+        poll_s: float,
+        entry: Entry | None = None,
+    ):
+        """Without an `entry` everybody is seen."""
         self._node, self._key = node, f"{prefix}.workers"
+        self.admissions: Admissions | None = None
+        self.own_pass = b""
+        if entry is not None:
+            self.own_pass = entry.own_pass
+            self.admissions = Admissions(node, prefix, entry.door, lambda: list(self._known))
         self.ttl_s, self._poll_s = ttl_s, poll_s
         self._record_s = min(MAX_LIFETIME_S, RECORD_LIFETIME * ttl_s)
         self._own_id = node.peer_id.to_bytes()
-        self._greetings = Greetings(node.protocol.p2p, prefix, hear=self._hear, have=self._have)
+        self._greetings = Greetings(
+            node.protocol.p2p,
+            prefix,
+            hear=self._hear,
+            have=self._have,
+            own_pass=self.own_pass,
+            refusal=self._refusal,
+        )
+        self._at_the_door: dict[str, str] = {}  # who is not let in, and why; "" = not decided yet
         self._known: dict[str, PeerRecord] = {}
         self._changed = asyncio.Event()
         self._stored: tuple[float, bool] = (
@@ -76,7 +102,9 @@ class Heartbeats:
         self.status: dict[str, Any] = {"round": 0, "digest": "", "state": "joining", "work": 0.0}
 
     async def open(self) -> None:
-        """Begin to hear others."""
+        """Begin to hear others; what is revoked is known before anybody is let in."""
+        if self.admissions is not None:
+            await self.admissions.refresh()
         await self._greetings.open()
 
     @property
@@ -110,12 +138,53 @@ class Heartbeats:
         self._stored = now, is_absent
         await self._node.store(
             self._key,
-            pack_status(self.status),
+            pack_status({**self.status, **self._shown_pass()}),
             expiration_time=now + self._record_s,
             subkey=self._own_id,
             # A copy here that nobody else writes to would be the nearest of all, and hide the others from us.
             exclude_self=self._node.protocol.client_mode,
         )
+
+    def _shown_pass(self) -> dict[str, str]:
+        return {PASS_FIELD: base64.b64encode(self.own_pass).decode()} if self.own_pass else {}
+
+    # ------------------------------------------------------------------ who is let in
+
+    def refuses(self, peer_id: str) -> str:
+        """Why a peer that asks for something is refused, or ""; counted."""
+        return "" if self.admissions is None else self.admissions.door.refuses(peer_id)
+
+    def refusals(self) -> dict[str, Any]:
+        """How often we have not let others in, by reason, and why most do not let us in ("" = they do)."""
+        if self.admissions is None:
+            return {}
+        return {"refusals": dict(self.admissions.door.refusals), "refused": self.admissions.refusal}
+
+    def proves(self, peer_id: str, shown: object) -> bool:
+        """Whether a peer's pass is one, as every member of the run sees it."""
+        return self.admissions is None or not self.admissions.door.proves(peer_id, shown)
+
+    def _refusal(self, peer_id: str) -> str:
+        """What a peer that greets us is told: who has not said anything of itself only listens."""
+        if self.admissions is not None and peer_id in self._known:
+            return self.admissions.door.opinion(peer_id)
+        return self._at_the_door.get(peer_id, "")
+
+    def _is_in(self, peer_id: str) -> bool:
+        return self.admissions is None or not self.admissions.door.opinion(peer_id)
+
+    async def _let_in(self, peer_id: str, shown: bytes) -> bool:
+        if self.admissions is None or self._is_in(peer_id):
+            return True
+        self._at_the_door.setdefault(peer_id, "")
+        reason = await self.admissions.consider(peer_id, shown)
+        if reason:
+            self._at_the_door[peer_id] = reason
+            while len(self._at_the_door) > MAX_PEERS:
+                del self._at_the_door[next(iter(self._at_the_door))]
+        else:
+            self._at_the_door.pop(peer_id, None)
+        return not reason
 
     # ------------------------------------------------------------------ hearing
 
@@ -125,6 +194,8 @@ class Heartbeats:
             news = await self._look(latest=False)
             # Whom nobody knows nobody greets.
             await self._greetings.greet(news if self.announced else list(self._known))
+            if self.admissions is not None:
+                await self.admissions.keep()
             await asyncio.sleep(self._poll_s)
 
     async def refresh(self) -> None:
@@ -146,12 +217,26 @@ class Heartbeats:
             known = self._known.get(peer_id)
             if known is not None and said <= known.said + SAME_S:
                 continue
+            if not await self._let_in(peer_id, _pass_in(status)):
+                continue
             lasts_s = self._record_s if status.get("reach") == CLIENT else self.ttl_s
             self._keep(PeerRecord(peer_id, status, said, said, said + lasts_s))
             news.append(peer_id)
         return news
 
     def _hear(self, peer_id: str, greeting: Greeting) -> None:
+        if self.admissions is not None and self.announced:
+            self.admissions.heard(peer_id, greeting.refused)
+        if self._is_in(peer_id):
+            self._take_in(peer_id, greeting)
+        elif greeting.status is not None and self._at_the_door.get(peer_id) != "":
+            in_background(self._hear_newcomer(peer_id, greeting))
+
+    async def _hear_newcomer(self, peer_id: str, greeting: Greeting) -> None:
+        if await self._let_in(peer_id, greeting.shown):
+            self._take_in(peer_id, greeting)
+
+    def _take_in(self, peer_id: str, greeting: Greeting) -> None:
         known, now = self._known.get(peer_id), get_dht_time()
         status = greeting.status if greeting.status is not None else known.status if known else None
         if status is not None and greeting.said > self._have(peer_id):
@@ -188,7 +273,7 @@ class Heartbeats:
         now = get_dht_time()
         # Those that are gone are remembered for as long as the DHT may hold something of them.
         self._known = {k: v for k, v in self._known.items() if max(v.said, v.heard) + self._record_s > now}
-        fresh = (record for record in self._known.values() if record.expires > now)
+        fresh = (r for r in self._known.values() if r.expires > now and self._is_in(r.peer_id))
         return sorted(fresh, key=lambda record: record.peer_id)
 
     def active(self) -> list[PeerRecord]:
@@ -207,3 +292,11 @@ class Heartbeats:
         """Peers whose theta has more work in it than ours."""
         own = float(self.status.get("work", 0.0))
         return [record for record in self.donors() if record.work > own]
+
+
+def _pass_in(status: dict[str, Any]) -> bytes:
+    """Take the pass out of a record's status."""
+    try:
+        return base64.b64decode(str(status.pop(PASS_FIELD, "")), validate=True)
+    except ValueError:
+        return b""

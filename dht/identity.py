@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 _PRIVATE_PREFIX = b"\x08\x01\x12\x40"
 _PUBLIC_PREFIX = b"\x08\x01\x12\x20"
 _INLINE_MULTIHASH = b"\x00\x24"
-_PEER_ID_BYTES = len(_INLINE_MULTIHASH) + len(_PUBLIC_PREFIX) + 32
+PEER_ID_BYTES = len(_INLINE_MULTIHASH) + len(_PUBLIC_PREFIX) + 32
 
 
 class IdentityError(ValueError):
@@ -82,7 +82,7 @@ def _create(path: Path) -> Identity:
 def public_key_of(peer_id_bytes: bytes) -> Ed25519PublicKey | None:
     """The public key inside a peer id, or None when the id does not carry an ed25519 key."""
     prefix = _INLINE_MULTIHASH + _PUBLIC_PREFIX
-    if len(peer_id_bytes) != _PEER_ID_BYTES or not peer_id_bytes.startswith(prefix):
+    if len(peer_id_bytes) != PEER_ID_BYTES or not peer_id_bytes.startswith(prefix):
         return None
     return Ed25519PublicKey.from_public_bytes(peer_id_bytes[len(prefix) :])
 
@@ -97,3 +97,11 @@ def verify(peer_id_bytes: bytes, message: bytes, signature: bytes) -> bool:
     except InvalidSignature:
         return False
     return True
+
+
+def bytes_of(peer_id: str) -> bytes:
+    """A peer id in its binary form; b"" for a text that is none."""
+    try:
+        return base58.b58decode(peer_id)
+    except ValueError:
+        return b""

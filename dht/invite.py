@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import msgpack
 
+from dtrain.dht.tokens import Token, TokenError, decode_token
+
 SCHEME = "dtrain://"
 _VERSION = 1
 _CHECK_BYTES = 4
@@ -20,15 +22,25 @@ class InviteError(ValueError):
 
 @dataclass(frozen=True)
 class Invite:
-    """Run id, manifest hash (32 bytes), organizer's ed25519 public key (32 bytes), libp2p bootstrap addresses."""
+    """Run id, manifest hash (32 bytes), organizer's ed25519 public key (32 bytes), libp2p bootstrap addresses, and an
+    admission token where the run asks for one: then the text is a secret."""
 
     run_id: str
     manifest_hash: bytes
     organizer: bytes
     addresses: tuple[str, ...]
+    token: Token | None = None
 
     def encode(self) -> str:
-        fields = [_VERSION, self.run_id, self.manifest_hash, self.organizer, list(self.addresses)]
+        fields: list[object] = [
+            _VERSION,
+            self.run_id,
+            self.manifest_hash,
+            self.organizer,
+            list(self.addresses),
+        ]
+        if self.token is not None:
+            fields.append(self.token.encode())
         body = msgpack.packb(fields)
         check = hashlib.sha256(body).digest()[:_CHECK_BYTES]
         return SCHEME + base64.urlsafe_b64encode(body + check).decode().rstrip("=")
@@ -53,9 +65,9 @@ def decode(text: str) -> Invite:
         raise InviteError(
             f"the invite has version {version!r:.20}; this dtrain reads {_VERSION}: upgrade dtrain"
         )
-    if len(fields) != 4:
+    if len(fields) not in (4, 5):
         raise InviteError("the invite cannot be read; ask for a new one")
-    run_id, manifest_hash, organizer, addresses = fields
+    run_id, manifest_hash, organizer, addresses = fields[:4]
     fits = (
         isinstance(run_id, str)
         and isinstance(manifest_hash, bytes)
@@ -64,7 +76,14 @@ def decode(text: str) -> Invite:
         and isinstance(addresses, list)
         and 0 < len(addresses) <= MAX_ADDRESSES
         and all(isinstance(address, str) for address in addresses)
+        and all(isinstance(token, bytes) for token in fields[4:])
     )
     if not fits:
         raise InviteError("the invite cannot be read; ask for a new one")
-    return Invite(run_id, manifest_hash, organizer, tuple(addresses))
+    try:
+        tokens = [decode_token(token) for token in fields[4:]]
+        for token in tokens:
+            token.grant.check(manifest_hash, organizer)
+    except TokenError as error:
+        raise InviteError(str(error)) from None
+    return Invite(run_id, manifest_hash, organizer, tuple(addresses), *tokens)

@@ -44,9 +44,10 @@ class Ticket:
 class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind ships no types
     """Finds the one group of a round."""
 
-    def __init__(self, *args: Any, base_prefix: str, **kwargs: Any):
+    def __init__(self, *args: Any, base_prefix: str, refuses: Callable[[str], str], **kwargs: Any):
+        """`refuses(peer id)` says why a peer may not take part, or ""."""
         super().__init__(*args, **kwargs)
-        self._base_prefix = base_prefix
+        self._base_prefix, self._refuses = base_prefix, refuses
         self._ticket_lasts_s = 0.0
 
     async def find_round_group(
@@ -105,6 +106,13 @@ class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind ships no 
         if self.client_mode:
             return float(get_dht_time()) + self._ticket_lasts_s
         return float(super().get_request_expiration_time())
+
+    def _check_reasons_to_reject(
+        self, request: averaging_pb2.JoinRequest, context: P2PContext
+    ) -> averaging_pb2.MessageFromLeader | None:
+        if self._refuses(str(context.remote_id)):
+            return averaging_pb2.MessageFromLeader(code=averaging_pb2.PROTOCOL_VIOLATION)
+        return super()._check_reasons_to_reject(request, context)
 
     async def rpc_join_group(
         self, request: averaging_pb2.JoinRequest, context: P2PContext

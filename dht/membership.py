@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,35 +36,39 @@ class Member:
     mbps: float = 0.0  # of its uplink, 0 = not known
 
 
-def pack_hello(contribution: Contribution, *, reach: str, mbps: float = 0.0) -> bytes:
-    """What a peer tells its group while matchmaking."""
-    hello = msgpack.packb(
-        {
-            "version": PROTOCOL_VERSION,
-            "round": contribution.round,
-            "digest": contribution.base_digest,
-            "weight": float(contribution.weight),
-            "reach": reach,
-            "mbps": mbps,
-        }
-    )
+def pack_hello(contribution: Contribution, *, reach: str, mbps: float = 0.0, shown: bytes = b"") -> bytes:
+    """What a peer tells its group while matchmaking; `shown` is its pass, where the run admits by token."""
+    fields = {
+        "version": PROTOCOL_VERSION,
+        "round": contribution.round,
+        "digest": contribution.base_digest,
+        "weight": float(contribution.weight),
+        "reach": reach,
+        "mbps": mbps,
+    }
+    hello = msgpack.packb({**fields, "pass": shown} if shown else fields)
     assert isinstance(hello, bytes)
     return hello
 
 
 def agree_on_members(
-    peer_ids: Sequence[object], gathered: Sequence[bytes], round: int, max_weight: float = 1e12
+    peer_ids: Sequence[object],
+    gathered: Sequence[bytes],
+    round: int,
+    max_weight: float = 1e12,
+    proves: Callable[[str, object], bool] = lambda peer_id, shown: True,
 ) -> list[Member]:
     """The largest set of groupmates that stand at `round` with one base digest, in canonical order.
 
     Everybody in the group got the same metadata from the leader, so everybody comes to the same answer. Ties go to
     the set with more weight, then to the smaller digest. A set in which nobody can be called cannot reduce.
+    `proves(peer id, pass)` tells whether a peer has a right to be here that no member can doubt.
     """
     reaches: dict[str, str] = {}
     sets: dict[bytes, list[Member]] = {}
     for peer_id, raw in zip(peer_ids, gathered):
         hello = _parse_hello(raw, max_weight)
-        if hello is not None and hello["round"] == round:
+        if hello is not None and hello["round"] == round and proves(str(peer_id), hello.get("pass", b"")):
             reaches[str(peer_id)] = hello["reach"]
             member = Member(str(peer_id), hello["weight"], hello["reach"] != CLIENT, hello["mbps"])
             sets.setdefault(hello["digest"], []).append(member)

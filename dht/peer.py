@@ -24,10 +24,11 @@ from hivemind.utils import get_dht_time
 from dtrain.compression.codec import Codec
 from dtrain.compression.spec import CodecSpec
 from dtrain.compression.warm_up import warm_up
-from dtrain.dht import manifests, notes, rendezvous, streams
+from dtrain.dht import admissions, manifests, notes, rendezvous, streams
 from dtrain.dht.averager import RunTerms, SwarmAverager
 from dtrain.dht.connection import attach
 from dtrain.dht.distance import Probe, measure_any
+from dtrain.dht.door import entry_of
 from dtrain.dht.faults import PIECE_BYTES, FaultPlan
 from dtrain.dht.heartbeats import Heartbeats
 from dtrain.dht.identity import IdentityError, load_or_create
@@ -46,7 +47,7 @@ from dtrain.dht.worker_line import WorkerLine
 COMMANDS = {
     *("connect", "distance", "find_manifests", "publish", "prepare", "open_run", "limit", "observe"),
     *("announce", "post", "read_notes", "run_round", "release_residual", "residual_saved"),
-    *("fetch_round", "fetch_state"),
+    *("fetch_round", "fetch_state", "revoke"),
 }
 REFUSALS = (TransportError, IdentityError, StreamError, NoSpace)  # their texts are for the user
 SHOW_PERIOD_S = 0.25
@@ -140,9 +141,14 @@ class NetworkPeer:
 
         await asyncio.to_thread(warm_up, CodecSpec.from_dict(args["codec"]), tell)
 
+    async def revoke(self, args: Args) -> bool:
+        """Hand the organizer's list of revocations to a run's members; whether the DHT has taken it."""
+        return await admissions.store(self._node, args["prefix"], "revoked", args["revocations"])
+
     async def open_run(self, args: Args) -> None:
         """Begin to take part in a run."""
         terms = RunTerms(**args["terms"])
+        args["manifest_hash"] = terms.manifest_hash
         shapes = [(name, tuple(shape)) for name, shape in args["shapes"]]
         spec = CodecSpec.from_dict(args["codec"])
         await asyncio.to_thread(warm_up, spec)
@@ -169,6 +175,7 @@ class NetworkPeer:
                 KeptResidual, self._codec, terms.manifest_hash, Path(args["residual_folder"])
             ),
             faults=faults,
+            door=self._heartbeats,
         )
         await self._averager.open(self._p2p)
         self._rounds = Rounds(
@@ -187,9 +194,8 @@ class NetworkPeer:
 
     def _meet(self, args: Args, prefix: str) -> None:
         self._prefix = prefix
-        self._heartbeats = Heartbeats(
-            self._node, prefix, ttl_s=args["heartbeat_ttl_s"], poll_s=args["heartbeat_s"]
-        )
+        ttl_s, poll_s, entry = args["heartbeat_ttl_s"], args["heartbeat_s"], entry_of(args, get_dht_time)
+        self._heartbeats = Heartbeats(self._node, prefix, ttl_s=ttl_s, poll_s=poll_s, entry=entry)
 
     async def _enter(self, args: Args, manifest_hash: bytes) -> None:
         """See who is there, and let others find the run through us."""
@@ -204,13 +210,8 @@ class NetworkPeer:
         gc.freeze()
         self._show_swarm()  # the worker sees who is there before its next command
         self._tasks.append(asyncio.create_task(self._watch_swarm()))
-        worker = rendezvous.LocalWorker(
-            args["run_id"],
-            args["worker_pid"],
-            str(self._node.peer_id),
-            manifest_hash.hex(),
-            self._connection.addresses,
-        )
+        us = args["run_id"], args["worker_pid"], str(self._node.peer_id)
+        worker = rendezvous.LocalWorker(*us, manifest_hash.hex(), self._connection.addresses)
         self._rendezvous_file = rendezvous.publish(worker)
 
     async def limit(self, args: Args) -> None:
@@ -279,9 +280,9 @@ class NetworkPeer:
     def _show_swarm(self) -> None:
         now, others = get_dht_time(), self._heartbeats.others()
         peers = [[r.peer_id, dict(r.status), now - r.heard] for r in others]
-        self._worker.send(
-            {"event": "swarm", "peers": peers, "traffic": [self._traffic.up, self._traffic.down]}
-        )
+        traffic = [self._traffic.up, self._traffic.down]
+        said = self._heartbeats.refusals()
+        self._worker.send({"event": "swarm", "peers": peers, "traffic": traffic, **said})
 
     async def _clean_up(self) -> None:
         """Say goodbye if there is time, end the daemon, remove every file of ours."""

@@ -8,6 +8,7 @@ stumble over when somebody reads the key: one peer's bad record must not hide ev
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ _DOMAIN = b"dtrain-dht-record-1"
 
 MAX_STATUS_FIELDS = 32
 MAX_STATUS_TEXT = 200
+PASS_FIELD, MAX_PASS_TEXT = "pass", 400  # in the DHT's copy of a heartbeat only
 
 
 class SignedRecords(RecordValidatorBase):  # type: ignore[misc]  # hivemind ships no types
@@ -32,6 +34,7 @@ class SignedRecords(RecordValidatorBase):  # type: ignore[misc]  # hivemind ship
 
     def __init__(self, identity: Identity):
         self._identity = identity
+        self.refusals: Counter[str] = Counter()  # by reason
 
     def sign_value(self, record: DHTRecord) -> bytes:
         value: bytes = record.value
@@ -44,15 +47,21 @@ class SignedRecords(RecordValidatorBase):  # type: ignore[misc]  # hivemind ship
         return value[:-_SIGNATURE_BYTES]
 
     def validate(self, record: DHTRecord) -> bool:
+        reason = self._reason_to_refuse(record)
+        if reason:
+            self.refusals[reason] += 1
+        return not reason
+
+    def _reason_to_refuse(self, record: DHTRecord) -> str:
         if not _SIGNATURE_BYTES < len(record.value) <= MAX_RECORD_BYTES:
-            return False
+            return "record-size"
         if not record.expiration_time <= get_dht_time() + MAX_LIFETIME_S + CLOCK_SLACK_S:  # NaN too
-            return False
+            return "record-expiry"
         owner = self._owner(record)
-        if owner is None:
-            return False
         value, signature = record.value[:-_SIGNATURE_BYTES], record.value[-_SIGNATURE_BYTES:]
-        return isinstance(_unpack(value), (bytes, bool)) and verify(owner, _message(record, value), signature)
+        if owner is None or not isinstance(_unpack(value), (bytes, bool)):
+            return "record-schema"
+        return "" if verify(owner, _message(record, value), signature) else "record-signature"
 
     @staticmethod
     def _owner(record: DHTRecord) -> bytes | None:
@@ -111,6 +120,7 @@ def _status_problem(status: Mapping[str, object]) -> str:
             return "a status key is not a short text"
         if not isinstance(value, (str, int, float, bool)):
             return f"status field {key!r} is {type(value).__name__}, not a text or a number"
-        if isinstance(value, str) and len(value) > MAX_STATUS_TEXT:
-            return f"status field {key!r} is longer than {MAX_STATUS_TEXT} characters"
+        longest = MAX_PASS_TEXT if key == PASS_FIELD else MAX_STATUS_TEXT
+        if isinstance(value, str) and len(value) > longest:
+            return f"status field {key!r} is longer than {longest} characters"
     return ""

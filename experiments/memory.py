@@ -118,6 +118,10 @@ class MemoryExchange:
         with self._swarm.changed:
             self._swarm.peer(self._peer_id).provider = provider
 
+    def refusals(self) -> Mapping[str, int]:
+        """See `Exchange`."""
+        return {}
+
     def traffic(self) -> tuple[int, int]:
         """See `Exchange`. Payloads, aggregates and states; a real network adds its headers."""
         with self._swarm.changed:

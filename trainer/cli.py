@@ -49,6 +49,7 @@ GROUPS = {
             "keep a run reachable from a small server, without training",
         ),
         "invite": ("dtrain.trainer.cli_invite", "print an invite to a run that this machine takes part in"),
+        "revoke": ("dtrain.trainer.cli_revoke", "take back an invite, or shut out one machine"),
         "bench": ("dtrain.experiments.bench", "measure speed and size side by side"),
         "plan": ("dtrain.experiments.plan", "predict bytes, time and memory of a run"),
         "lab": ("dtrain.experiments.lab", "run real workers on home connections while things fail"),

@@ -120,6 +120,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     shared.add_argument(
         "--round-tokens", type=int, help="a round ends when all have trained so many; 0 = fixed steps"
     )
+    shared.add_argument(
+        "--admission", help="who may take part: open (everybody) or token (whom the organizer invites)"
+    )
     shared.add_argument("--matchmaking-s", type=float, help="longest wait for missing workers, in seconds")
 
 

@@ -7,7 +7,7 @@ import ipaddress
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,7 @@ SHARED_FLAGS = {
     "overlap": "exchange.overlap",
     "round_tokens": "exchange.round_tokens",
     "matchmaking_s": "exchange.matchmaking_s",
+    "admission": "admission.mode",
 }
 
 
@@ -175,7 +176,7 @@ def stored_manifest(folder: Path) -> SignedManifest | None:
 
 
 def invite_text(exchange: DhtExchange, signed: SignedManifest) -> str:
-    """An invite through this peer, or through those that it joined by."""
+    """An invite through this peer, or through those that it joined by; without a token."""
     from dtrain.dht.invite import MAX_ADDRESSES, Invite
 
     addresses = tuple(exchange.addresses[:MAX_ADDRESSES])
@@ -233,8 +234,14 @@ def warm_up_codec(exchange: DhtExchange, signed: SignedManifest, voice: Voice) -
     return thread
 
 
-def open_run(exchange: DhtExchange, signed: SignedManifest, shapes: Shapes, pieces: Sequence[int]) -> None:
-    """Take part in a run on its manifest's terms; `shapes` and `pieces` as `DhtExchange.open_run` has them."""
+def open_run(
+    exchange: DhtExchange,
+    signed: SignedManifest,
+    shapes: Shapes,
+    pieces: Sequence[int],
+    admission: Mapping[str, object] | None = None,
+) -> None:
+    """Take part in a run on its manifest's terms; the rest as `DhtExchange.open_run` has it."""
     manifest, terms = signed.manifest, signed.manifest.exchange
     exchange.open_run(
         run_id=manifest.run_id,
@@ -243,6 +250,7 @@ def open_run(exchange: DhtExchange, signed: SignedManifest, shapes: Shapes, piec
         codec=manifest.codec.to_dict(),
         shapes=shapes,
         pieces=pieces,
+        admission=admission,
         matchmaking_s=terms.matchmaking_s,
         round_timeout_s=terms.round_timeout_s,
         sender_timeout_s=terms.sender_timeout_s,

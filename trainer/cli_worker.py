@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from dtrain.trainer.cli_admission import admission_args, show_pass
 from dtrain.trainer.cli_flags import add_limit_flags, add_machine_flags, add_run_flags, typed_limits
 from dtrain.trainer.cli_folder import worker_folder
 from dtrain.trainer.cli_propose import local_model, local_tokenizer
@@ -86,6 +87,8 @@ def run_worker(args: argparse.Namespace, approve: Approve = lambda *_: True) -> 
         worker.report.started = started
         with _signals(worker, session.voice):
             worker.run()
+        if session.exchange.refused:
+            raise RunError(session.exchange.refused)
     return 0
 
 
@@ -186,14 +189,17 @@ class Session:
         from dtrain.trainer.wandb_log import open_metrics
 
         exchange = self.exchange
+        shown = show_pass(signed.manifest, self.invite, exchange.peer_id, self.folder)
         warming = warm_up_codec(exchange, signed, self.voice)
         metrics = self._stack.enter_context(
             open_metrics(self.folder, self.args.wandb, self.name, signed.manifest.to_dict())
         )
         worker = self._build(signed, metrics)
         (self.folder / "manifest.json").write_text(signed.to_json())
+        exchange.on_refused = lambda: worker.stop("not let in")
+        admission = admission_args(signed.manifest, shown, self.folder)
         warming.join()
-        open_run(exchange, signed, worker.codec.shapes, worker.outer.pieces)
+        open_run(exchange, signed, worker.codec.shapes, worker.outer.pieces, admission)
         if not self._approve(worker, self.voice):
             return None
         self._invite_text = invite_text(exchange, signed)
@@ -214,7 +220,8 @@ class Session:
             f"Run {self.run_id}: {worker.codec.num_params / 1e6:.1f}M parameters on {worker.report.device}; "
             f"you are {self.name} ({exchange.peer_id[-8:]}). Ctrl-C leaves cleanly."
         )
-        self.voice.say(f"Others join with:\n  dtrain join {self._invite_text}")
+        if signed.manifest.admission.mode == "open":
+            self.voice.say(f"Others join with:\n  dtrain join {self._invite_text}")
         return worker
 
     def _build(self, signed: SignedManifest, metrics: Metrics) -> Worker:

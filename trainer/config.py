@@ -30,6 +30,7 @@ FLAGS = {
     "data.tokenizer": "--tokenizer",
     "train.method": "--method",
     "model.name": "--model",
+    "admission.mode": "--admission",
 }
 """Command-line flags of the keys that have one; error lines name both."""
 

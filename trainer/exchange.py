@@ -201,6 +201,9 @@ class Exchange(Protocol):
     def serve_state(self, provider: Provider) -> None:
         """Register where newcomers' requests for state are answered from (called from another thread)."""
 
+    def refusals(self) -> Mapping[str, int]:
+        """How often this worker has refused a peer or what it sent, by reason, so far."""
+
     def traffic(self) -> tuple[int, int]:
         """Bytes sent and received so far, all messages of ours counted."""
 

@@ -26,6 +26,7 @@ from dtrain.trainer.config import (
     require,
 )
 from dtrain.trainer.config_data import BYTE_VALUES, BYTES, DataConfig
+from dtrain.trainer.config_trust import AdmissionConfig
 from dtrain.trainer.errors import UsageError
 from dtrain.trainer.presets import PRESETS
 
@@ -54,6 +55,7 @@ SECTIONS: dict[str, type[Any]] = {
     "strategy": StrategyConfig,
     "codec": CodecSpec,
     "exchange": ExchangeConfig,
+    "admission": AdmissionConfig,
 }
 FORMAT = 1
 """Version of the manifest's own layout."""
@@ -87,6 +89,8 @@ class Manifest:
     """How a delta becomes a payload."""
     exchange: ExchangeConfig
     """How workers meet."""
+    admission: AdmissionConfig
+    """Who may take part."""
     organizer: str = ""
     """Ed25519 public key of who made the run, 64 lower-case hex digits; "" until signed."""
     format: int = FORMAT
@@ -116,7 +120,9 @@ class Manifest:
             section = getattr(self, name)
             values = section.to_dict() if kind is CodecSpec else asdict(section)
             usual = {} if whole else _added(kind)
-            sections[name] = {key: v for key, v in values.items() if key not in usual or v != usual[key]}
+            told = {key: v for key, v in values.items() if key not in usual or v != usual[key]}
+            if told or usual.keys() != values.keys() or whole:  # a section may have been added whole
+                sections[name] = told
         return {"run_id": self.run_id, **sections, "organizer": self.organizer, "format": self.format}
 
     @classmethod
@@ -126,15 +132,15 @@ class Manifest:
         refuse_unknown(values, known, prefix="")
         for key in [*known, *_dotted_keys()]:
             name, _, inner = key.partition(".")
-            section = values.get(name)
-            if inner in _added(SECTIONS.get(name)):
+            section, added = values.get(name), _added(SECTIONS.get(name))
+            if inner in added or (name not in values and added.keys() == _keys(name)):
                 continue
             if name not in values or (inner and isinstance(section, Mapping) and inner not in section):
                 raise UsageError(f"the manifest lacks {key}: get it again from the run's organizer")
         for name in ("run_id", "organizer"):
             require(isinstance(values[name], str), name, "be text", values[name])
         require(type(values["format"]) is int, "format", "be a whole number", values["format"])
-        sections = {name: _section(name, kind, values[name]) for name, kind in SECTIONS.items()}
+        sections = {name: _section(name, kind, values.get(name, {})) for name, kind in SECTIONS.items()}
         return cls(
             run_id=values["run_id"], organizer=values["organizer"], format=values["format"], **sections
         )
@@ -255,6 +261,10 @@ def _flatten(tree: Mapping[str, Any]) -> dict[str, object]:
 def _added(kind: type[Any] | None) -> dict[str, Any]:
     """{name: default} of a section's fields that came after the format."""
     return {f.name: f.default for f in fields(kind) if f.metadata.get("added")} if kind else {}
+
+
+def _keys(name: str) -> set[str]:
+    return {field.name for field in fields(SECTIONS[name])} if name in SECTIONS else set()
 
 
 def _section(name: str, kind: type[Any], values: object) -> Any:

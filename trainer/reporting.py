@@ -66,6 +66,7 @@ class Reporter:
     _rounds_contributed: int = 0
     _last_share_percent: float = 0.0
     _inner_steps: int = 0
+    _refusals: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.started = self.clock.time()
@@ -81,6 +82,7 @@ class Reporter:
 
     def announce(self) -> None:
         """Put where we stand into the heartbeat."""
+        self._note_refusals()
         self.exchange.announce(
             {
                 "round": self.outer.round,
@@ -99,6 +101,12 @@ class Reporter:
                 **({"lane": self.feed.lane} if self.feed else {}),
             }
         )
+
+    def _note_refusals(self) -> None:
+        counts = dict(self.exchange.refusals())
+        if counts != self._refusals:
+            self._refusals = counts
+            self.metrics.write("refused", counts=counts)
 
     def snapshot(self) -> dict[str, Any]:
         """Where we stand, for the user's own eyes; the fields of `control.proto`'s Status that the loop knows."""

@@ -73,12 +73,22 @@ class OrganizerKey:
     @property
     def public_hex(self) -> str:
         """The public key, 64 lower-case hex digits."""
-        return self._key.public_key().public_bytes_raw().hex()
+        return self.public.hex()
 
     def sign(self, manifest: Manifest) -> SignedManifest:
         """The manifest with this key as its organizer, signed."""
         owned = replace(manifest, organizer=self.public_hex)
         return SignedManifest(owned, self._key.sign(DOMAIN + owned.canonical_bytes()))
+
+    @property
+    def public(self) -> bytes:
+        """The public key, 32 bytes."""
+        return self._key.public_key().public_bytes_raw()
+
+    def sign_bytes(self, message: bytes) -> bytes:
+        """64 bytes over a message that begins with a domain of its own, such as `dht/tokens.py` has."""
+        assert not message.startswith(DOMAIN)
+        return self._key.sign(message)
 
     @classmethod
     def load_or_create(cls, path: Path) -> OrganizerKey:

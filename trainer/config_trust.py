@@ -1,0 +1,38 @@
+"""The sections of a run's manifest that say who is trusted with what."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dtrain.trainer.config import added, require
+
+ADMISSIONS = ("open", "token", "list")
+MAX_ALLOWED = 500
+
+
+@dataclass(frozen=True)
+class AdmissionConfig:
+    """Who may take part."""
+
+    SECTION: ClassVar[str] = "admission"
+
+    mode: str = added("open")
+    """"open": everybody. "token": whoever has an invite by the organizer (`dtrain invite`). "list": the peers in
+    `allowed`."""
+    allowed: tuple[str, ...] = added(())
+    """Peer ids, with "list"; a worker that is not listed says what its own is."""
+
+    def __post_init__(self) -> None:
+        choices, allowed = ", ".join(ADMISSIONS), self.allowed
+        require(self.mode in ADMISSIONS, "admission.mode", f"be one of {choices}", self.mode)
+        fits = isinstance(allowed, (list, tuple)) and len(allowed) <= MAX_ALLOWED
+        rule = f"be a list of at most {MAX_ALLOWED} peer ids"
+        require(fits and all(isinstance(peer, str) for peer in allowed), "admission.allowed", rule, allowed)
+        object.__setattr__(self, "allowed", tuple(allowed))
+        for peer in self.allowed:
+            well_formed = re.fullmatch(r"[1-9A-HJ-NP-Za-km-z]{40,60}", peer) is not None
+            require(well_formed, "admission.allowed", "hold peer ids such as 12D3KooW...", peer)
+        rule = 'name peers with admission.mode = "list", and none otherwise'
+        require((self.mode == "list") == bool(self.allowed), "admission.allowed", rule, self.allowed)
