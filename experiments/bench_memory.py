@@ -25,15 +25,20 @@ OPTIONS = {
     "eager": ("--overlap", "eager"),
 }
 """What is measured beside each preset as it is."""
-BATCH = 2  # sequences per step; a CPU passes them through one by one or a few at a time anyway
-ROUNDS = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the bench's flags."""
     parser.add_argument("--presets", default="tiny,small,gpt2", help=f"of {', '.join(PRESETS)}")
     parser.add_argument("--options", default=",".join(OPTIONS), help=f"of {', '.join(OPTIONS)}")
-    parser.add_argument("--inner-steps", type=int, default=2, help="inner steps per round, of two rounds")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--inner-steps", type=int, default=2, help="inner steps per round")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=2,
+        help="sequences per inner step; a CPU has 1,024 tokens a pass anyway",
+    )
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or mps")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
 
@@ -42,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure row by row and print the table."""
     presets, options = _chosen(args.presets, PRESETS), _chosen(args.options, OPTIONS)
     console, rows = Console(), []
-    table = Table(title=f"Peak memory of a worker on {args.device}, {BATCH} sequences a step")
+    table = Table(title=f"Peak memory of a worker on {args.device}, {args.batch_size} sequences a step")
     for name in (
         "preset",
         "option",
@@ -55,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         table.add_column(name, justify="left" if name in ("preset", "option") else "right")
     for preset in presets:
         for option in options:
-            row = measure(preset, option, args.inner_steps, args.device)
+            row = measure(preset, option, args)
             rows.append(row)
             table.add_row(
                 preset,
@@ -72,19 +77,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(preset: str, option: str, inner_steps: int, device: str) -> dict[str, Any]:
+def measure(preset: str, option: str, args: argparse.Namespace) -> dict[str, Any]:
     """One row: bytes at the peak of the training process, of it with the network's, and of the GPU."""
-    flags = ["--preset", preset, "--batch-size", str(BATCH), "--inner-steps", str(inner_steps)]
-    flags += [
-        "--rounds",
-        str(ROUNDS),
-        "--eval-every",
-        "0",
-        "--checkpoint-every",
-        str(ROUNDS),
-        "--device",
-        device,
-    ]
+    flags = ["--preset", preset, "--batch-size", str(args.batch_size), "--inner-steps", str(args.inner_steps)]
+    flags += ["--rounds", str(args.rounds), "--checkpoint-every", str(args.rounds), "--eval-every", "0"]
+    flags += ["--device", args.device]
     with tempfile.TemporaryDirectory(prefix="dtrain-bench-") as folder:
         try:
             done = run_worker(Path(folder), [*flags, *OPTIONS[option]])

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from dtrain.experiments.signals import signals_interrupt
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.metrics import read_metrics
 
@@ -41,7 +42,7 @@ def run_worker(folder: Path, flags: Sequence[str], timeout_s: float = 3600.0) ->
     command += ["--folder", str(folder / "worker"), "--host", "127.0.0.1", "--no-lan", "--no-relay", *flags]
     env = {**os.environ, "DTRAIN_RUNTIME_DIR": str(folder / "runtime")}
     began, peak, peak_trainer = time.monotonic(), 0, 0
-    with (folder / "worker.log").open("wb") as log:
+    with signals_interrupt(), (folder / "worker.log").open("wb") as log:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
         watched = psutil.Process(process.pid)
         try:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from dtrain.trainer.compute import Compute, choose_precision
 from dtrain.trainer.errors import RunError, UsageError
+from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.inner import GradientLoop, InnerLoop
 from dtrain.trainer.model import GPT
+from dtrain.trainer.replicas import Replicas
 
 TOKENS = torch.randint(0, 256, (7, 17), generator=torch.Generator().manual_seed(0))
 X, Y = TOKENS[:, :-1], TOKENS[:, 1:]
@@ -132,6 +134,23 @@ def test_one_sequence_that_does_not_fit_is_recomputed_or_the_end() -> None:
     assert said[-1] == "Out of memory with one sequence a pass: from now on activations are computed twice."
     with pytest.raises(RunError, match="too little memory for one sequence"):
         gradient(Cramped(0, 7))
+
+
+@pytest.mark.parametrize("num_others", [1, 2, 9])
+def test_devices_share_a_batch(num_others: int) -> None:
+    """Copies of the model (here on one CPU) give the gradient of the whole batch, step after step, also when there are
+    more of them than sequences; a copy that runs out of memory tries again by itself."""
+    one, several = trainable_gpt(), trainable_gpt()
+    shared = Replicas(several, [torch.device("cpu")] * num_others, micro_batch=2)
+    loops = InnerLoop(one, TRAIN), InnerLoop(several, TRAIN, shared)
+    losses = [[float(loop.step(X, Y, step)) for step in range(3)] for loop in loops]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    torch.testing.assert_close(FlatParameters(several).flat, FlatParameters(one).flat, atol=1e-3, rtol=1e-3)
+    assert shared.describe().endswith(f"on {1 + num_others} devices")
+    cramped = Replicas(Cramped(1, 7), [torch.device("cpu")])
+    cramped.backward(X, Y, cramped.model.zero_grad)
+    found = torch.cat([p.grad.flatten() for p in cramped.model.parameters() if p.grad is not None])
+    torch.testing.assert_close(found, gradient(trainable_gpt())[1], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -16,7 +16,9 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("this machine")
     machine.add_argument("--name", help="shown to the others (default: worker-1, worker-2, ...)")
     machine.add_argument("--folder", type=Path, help="where checkpoints go (default: ./dtrain-runs/RUN/NAME)")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    machine.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, mps; cuda:0,cuda:1 = both as one worker"
+    )
     machine.add_argument("--precision", default="auto", help="of matrix products: auto, fp32, bf16 or fp16")
     machine.add_argument(
         "--micro-batch", type=int, default=0, help="sequences per pass; 0 = as memory allows"

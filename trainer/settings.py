@@ -25,7 +25,8 @@ class MachineSettings:
     folder: Path
     """Where this worker keeps its checkpoints, metrics and identity."""
     device: str = "auto"
-    """"auto" takes CUDA, else Apple's MPS, else the CPU; or "cpu", "cuda", "cuda:1", "mps"."""
+    """"auto" takes CUDA, else Apple's MPS, else the CPU; or "cpu", "cuda", "cuda:1", "mps"; several with commas share
+    each batch."""
     threads: int = 0
     """CPU threads for training; 0 = all cores but one, so that the machine stays usable."""
     max_tokens_per_s: float = 0.0
@@ -67,10 +68,11 @@ class MachineSettings:
                 f"worker name (--name) {self.name[:80]!r} will not do: "
                 "use 1 to 64 letters, digits, '.', '-' or '_', beginning with a letter or digit"
             )
-        if self.device.partition(":")[0] not in DEVICES:
-            raise UsageError(
-                f"there is no device (--device) {self.device!r}: choose one of {', '.join(DEVICES)}"
-            )
+        for name in self.device.split(","):
+            if name.partition(":")[0] not in DEVICES:
+                raise UsageError(
+                    f"there is no device (--device) {name!r}: choose one of {', '.join(DEVICES)}"
+                )
         if self.compile not in COMPILES:
             raise UsageError(f"--compile {self.compile!r} will not do: type one of {', '.join(COMPILES)}")
         for field, flag, least in (
@@ -85,6 +87,11 @@ class MachineSettings:
             value = getattr(self, field)
             if value < least:
                 raise UsageError(f"{flag} must be at least {least}, not {value}")
+
+
+def resolve_devices(names: str) -> list[torch.device]:
+    """The torch devices that `names`, with commas between them, mean here; see `resolve_device`."""
+    return [resolve_device(name) for name in names.split(",")]
 
 
 def resolve_device(name: str) -> torch.device:

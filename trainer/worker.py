@@ -14,7 +14,6 @@ from dtrain.compression.codec import Codec
 from dtrain.trainer.audit import AuditedFeedback
 from dtrain.trainer.catchup import catch_up
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
-from dtrain.trainer.compute import Compute
 from dtrain.trainer.control import Control
 from dtrain.trainer.data import Data, open_data
 from dtrain.trainer.delivery import Delivery, Training
@@ -33,9 +32,10 @@ from dtrain.trainer.metrics import Metrics
 from dtrain.trainer.models import ModelPlace, build_model
 from dtrain.trainer.outer_loop import OuterLoop
 from dtrain.trainer.pacing import Pacer
+from dtrain.trainer.replicas import make_compute
 from dtrain.trainer.reporting import Reporter, Say
 from dtrain.trainer.sampling import Sampler, write_sample
-from dtrain.trainer.settings import MachineSettings, resolve_device
+from dtrain.trainer.settings import MachineSettings, resolve_devices
 from dtrain.trainer.strategies import make_strategy
 
 
@@ -61,7 +61,7 @@ class Worker:
         self.control.stop_worker, self.control.traffic = self.stop, exchange.traffic
         self._stop = threading.Event()
         self._stop_reason = "all rounds done"
-        device = resolve_device(settings.device)
+        device, *others = resolve_devices(settings.device)
         self.duty = Duty(settings, self.control, device, self._stop, clock)
         torch.manual_seed(manifest.train.seed)
         self.model = build_model(manifest, ModelPlace(device, settings.model, settings.trusted))
@@ -78,8 +78,9 @@ class Worker:
             )
         self.outer = OuterLoop(manifest, self.local, self.codec, self.strategy)
         self.books = Books(journal or NoJournal(), self.outer, self.codec)
-        self.compute = Compute(
+        self.compute = make_compute(
             self.model,
+            others,
             precision=settings.precision,
             micro_batch=settings.micro_batch,
             recompute=settings.recompute,
