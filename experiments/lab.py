@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; 0 if all bars are kept."""
     from dtrain.experiments.lab_enter import run_inside, unshare_command
+    from dtrain.experiments.signals import signals_interrupt
 
     scenario = load(args)
     if args.schedule:
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror}; type --out with a folder you own") from None
     arguments = [str(args.file.resolve()), "--out", str(out.resolve()), *_handed_on(args)]
-    return run_inside(unshare, INSIDE, arguments)
+    with signals_interrupt():
+        return run_inside(unshare, INSIDE, arguments)
 
 
 def load(args: argparse.Namespace) -> Scenario:

@@ -22,7 +22,8 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SCRATCH = Path("/run/dtrain")
 """For the temporary files of everything inside; on a file system of the corner's own."""
-LIMITS = "ulimit -n"
+LEAVE_S = 60.0
+"""How long a scenario may take to end its workers and to say what there was."""
 
 
 def unshare_command() -> list[str] | None:
@@ -43,12 +44,17 @@ def run_inside(unshare: Sequence[str], module: str, arguments: Sequence[str]) ->
         start_new_session=True,
         preexec_fn=_die_with_parent,
     )
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            for child in psutil.Process(process.pid).children():
-                child.send_signal(signal.SIGINT)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        for child in psutil.Process(process.pid).children():
+            child.send_signal(signal.SIGINT)
+    try:
+        return process.wait(LEAVE_S)
+    except (KeyboardInterrupt, subprocess.TimeoutExpired):  # asked again, or asked before it could listen
+        process.kill()
+        process.wait()
+        return 130
 
 
 def _die_with_parent() -> None:
