@@ -123,6 +123,7 @@ async def attach(
     before: str = "",
     passes_on: bool = True,
     relays: bool = True,
+    announce: str = "",
 ) -> Connection:
     """Join the DHT through `peers`, or begin it when there are none.
 
@@ -134,7 +135,9 @@ async def attach(
     known.pop(identity.peer_id, None)
     if peers and not known and not before:
         raise TransportError(nobody_answers(peers))
-    p2p, reach, own = await start(identity, private_folder, host, port, known, before, passes_on, relays)
+    p2p, reach, own = await start(
+        identity, private_folder, host, port, known, before, passes_on, relays, announce
+    )
     try:
         reached = await connect_all(p2p, known)
         if known and not reached and not before:
@@ -158,13 +161,14 @@ async def start(
     before: str,
     passes_on: bool,
     relays: bool,
+    announce: str = "",
 ) -> tuple[P2P, str, list[str]]:
     """A daemon connected with nobody yet; our reach, which it suits; the addresses at which others can dial it."""
     if ipaddress.IPv4Address(host).is_loopback:
         places = [place for peer in known.values() for place in peer]
         if places and not any(is_loopback(ip_of(place)) for place in places):
             return await start_daemon(identity, host=host, port=0, dialable=False), CLIENT, []
-        p2p = await start_daemon(identity, host=host, port=port)
+        p2p = await start_daemon(identity, host=host, port=port, announce=announce)
         return p2p, DIRECT, await _listens_at(p2p)
     # A daemon of a moment's identity, which asks others to dial ours, and calls it through relays.
     scout = await start_daemon(load_or_create(private_folder / "scout.key"), host="127.0.0.1", port=0)

@@ -31,6 +31,9 @@ class PeerSettings:
     identity: Path
     host: str = "0.0.0.0"  # IPv4 address to listen on
     port: int = 0  # TCP; 0 = any free one
+    announce: str = (
+        ""  # HOST:PORT that others dial instead, as where a port is forwarded; only with a loopback host
+    )
     initial_peers: tuple[str, ...] = ()  # libp2p addresses of peers to join through
     passes_on: bool = True  # be a relay for others, if this machine has a public address
     relays: bool = True  # be reached through a relay, if nobody can dial this machine
@@ -83,6 +86,7 @@ class DhtExchange:
             private_folder=str(self.process.private_folder),
             host=self._settings.host,
             port=self._settings.port,
+            announce=self._settings.announce,
             initial_peers=[*self._through, *self._address_book.addresses()],
             reach_before=self.reach,
             passes_on=self._settings.passes_on,

@@ -97,6 +97,7 @@ class NetworkPeer:
             self._private,
             host=args["host"],
             port=args["port"],
+            announce=args["announce"],
             peers=args["initial_peers"],
             before=args["reach_before"],
             passes_on=args["passes_on"],

@@ -160,17 +160,20 @@ async def start_daemon(
     dialable: bool = True,
     passes_on: bool = False,
     relays: Sequence[str] = (),
+    announce: str = "",
 ) -> P2P:
     """Start the libp2p daemon on TCP `host`:`port` (0 = any free port). Raises TransportError.
 
     It connects with `initial_peers` at once; one that is not `dialable` listens nowhere, one that `passes_on` serves as
-    a relay (`dht/relay.py`), one with `relays` can be reached through these. TCP only: over QUIC most streamed replies
-    were lost to the hang-up race.
+    a relay (`dht/relay.py`), one with `relays` can be reached through these. Others dial it at `announce` (HOST:PORT),
+    if that is given. TCP only: over QUIC most streamed replies were lost to the hang-up race.
     """
     where: dict[str, Any] = {"no_listen": True, "host_maddrs": None, "dht_mode": "client"}
     if dialable:
         check_port(host, port)
         where = {"host_maddrs": [f"/ip4/{host}/tcp/{port}"]}
+    if announce:
+        where["announce_maddrs"] = ["/ip4/{}/tcp/{}".format(*announce.split(":"))]
     if passes_on:
         where["force_reachability"] = "public"
     if relays:

@@ -95,7 +95,9 @@ class Watcher:
             # On one machine alone the loopback is enough, and no router has to be asked for anything.
             host = "127.0.0.1" if all("/ip4/127." in peer for peer in peers) else "0.0.0.0"
             identity = self.target.folder / "identity.key"
-            observer = Observer(PeerSettings(identity, host, 0, tuple(peers), passes_on=False, relays=False))
+            observer = Observer(
+                PeerSettings(identity, host, 0, initial_peers=tuple(peers), passes_on=False, relays=False)
+            )
             try:
                 observer.connect()
             except BaseException:

@@ -45,7 +45,7 @@ class DemoProcess:
                 stderr=log,
                 env=env,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
 
     @property
@@ -66,7 +66,7 @@ class DemoProcess:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child: get SIGTERM if the demo is killed. Elsewhere than on Linux the workers just finish their rounds."""
     if LIBC is not None:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from dtrain.experiments.lab_file import Scenario
 
 INSIDE = "dtrain.experiments.lab_inside"
-NO_NAMESPACES = """\
-This machine gives no network namespaces (Linux, with ip, nft and unshare, as root or with user namespaces)."""
+NO_NAMESPACES = "they need Linux with ip, nft and unshare, as root or where users may have them"
 DESCRIPTION = """\
 Runs a scenario: every worker is a real `dtrain worker` on a host of its own, with
 a connection of a home (rate, round trip, loss, NAT), and the scenario's faults
@@ -36,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, metavar="N", help="another number of rounds than the file's")
     parser.add_argument("--hours", type=float, help="how long, for scenarios without rounds")
     parser.add_argument("--no-clean", action="store_true", help="leave out the clean baseline")
+    parser.add_argument(
+        "--loopback", action="store_true", help="on loopback through a proxy, where there are no namespaces"
+    )
     parser.add_argument("--schedule", action="store_true", help="only print what would happen, and when")
 
 
@@ -48,16 +50,40 @@ def run(args: argparse.Namespace) -> int:
     if args.schedule:
         return _print_schedule(scenario)
     out = result_folder(args.out, scenario.name)
-    unshare = unshare_command()
-    if unshare is None:
-        raise UsageError(NO_NAMESPACES)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror}; type --out with a folder you own") from None
+    unshare = None if args.loopback else unshare_command()
+    if unshare is None:
+        return _on_loopback(scenario, args, out)
     arguments = [str(args.file.resolve()), "--out", str(out.resolve()), *_handed_on(args)]
     with signals_interrupt():
         return run_inside(unshare, INSIDE, arguments)
+
+
+def _on_loopback(scenario: Scenario, args: argparse.Namespace, out: Path) -> int:
+    """Without namespaces: in this process, with a line that says what is not modelled."""
+    from rich.console import Console
+
+    from dtrain.experiments.lab_inside import run_scenario
+    from dtrain.experiments.lab_proxy import ProxyPlaces
+    from dtrain.experiments.signals import signals_interrupt
+
+    if scenario.lab.bootstrap:
+        raise UsageError(f"{args.file} has a bootstrap peer, which needs network namespaces: {NO_NAMESPACES}")
+    if not args.loopback:
+        print(f"There are no network namespaces here: {NO_NAMESPACES}.")
+    print(f"The lab runs {ProxyPlaces.not_modelled}.", flush=True)
+    args.out = out.resolve()
+    with signals_interrupt():
+        return run_scenario(
+            scenario,
+            args,
+            Console(width=None if sys.stdout.isatty() else 100),
+            lambda one: ProxyPlaces(dict(zip(one.names, one.places))),
+            lambda own: None,
+        )
 
 
 def load(args: argparse.Namespace) -> Scenario:

@@ -160,6 +160,9 @@ class Director:
         if worker is not None and planned.kind != "join" and not worker.is_running:
             self.tell(f"{planned.kind} of {planned.worker} is left out: it is not there")
             return
+        if planned.kind in self.places.cannot:
+            self.tell(f"{planned.kind} of {planned.worker} is left out: it is not modelled here")
+            return
         happened = Happened(planned, time.time(), self.swarm.rounds_done)
         self.happened.append(happened)
         self.tell(_sentence(planned, self.swarm.rounds_done))

@@ -30,6 +30,11 @@ class Places(Protocol):
 
     not_modelled: str
     """What these places leave out of a scenario, in one line, or ""."""
+    cannot: tuple[str, ...]
+    """Kinds of events that cannot happen here."""
+
+    def started(self, name: str, pid: int) -> None:
+        """A worker has this process now."""
 
     def command(self, name: str) -> list[str]:
         """What runs a command on that host; the command follows."""
@@ -55,6 +60,10 @@ class NamespacePlaces:
     """A network namespace for each host, joined by the switch."""
 
     not_modelled = ""
+    cannot: tuple[str, ...] = ()
+
+    def started(self, name: str, pid: int) -> None:
+        """See Places: its namespace says who it is."""
 
     def __init__(self, places: dict[str, Place], seed: int):
         self._switch = Switch(seed)

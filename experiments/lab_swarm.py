@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from dtrain.experiments.demo_process import end_with_parent
 from dtrain.experiments.demo_watch import WorkerView
 from dtrain.experiments.lab_config import Place
 from dtrain.experiments.lab_file import Scenario
@@ -34,7 +35,8 @@ class LabWorker:
         self.process: subprocess.Popen[bytes] | None = None
         self.starts: list[float] = []  # time.time() of each
         self.ends: list[tuple[float, str]] = []  # time.time() and how
-        self.disk = Disk(self.folder, place.disk_mb) if place.disk_mb else None
+        has_disk = place.disk_mb and "fill" not in places.cannot
+        self.disk = Disk(self.folder, place.disk_mb) if has_disk else None
         self.is_frozen = False
 
     @property
@@ -61,7 +63,9 @@ class LabWorker:
                 env=env,
                 cwd=self._runtime,
                 start_new_session=True,
+                preexec_fn=end_with_parent,
             )
+        self._places.started(self.name, self.process.pid)
         self.starts.append(time.time())
         self.view.state, self.is_frozen = "starting", False
 

@@ -26,7 +26,7 @@ STATUS = {"round": 3, "digest": "ab" * 32, "work": 9000.0, "state": "training", 
 
 def worker_of(signed: SignedManifest, folder: Path, peers: tuple[str, ...] = ()) -> DhtExchange:
     """A worker's place in the network, without the worker."""
-    exchange = DhtExchange(PeerSettings(folder / "identity.key", "127.0.0.1", 0, peers))
+    exchange = DhtExchange(PeerSettings(folder / "identity.key", "127.0.0.1", 0, initial_peers=peers))
     exchange.connect()
     terms = signed.manifest.exchange
     exchange.open_run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -130,6 +131,38 @@ def test_every_round_holds_one_theta_and_everybody(changes: dict[str, Any], tmp_
             assert [e["contributors"] for e in rounds] == [["a", "b", "c"]] * 12
             assert rounds[-1]["loss"] < rounds[0]["loss"] - 0.3
             assert rounds[-1]["tokens"] == 12 * 3 * 2 * 32
+
+
+def test_who_missed_a_round_is_in_again_soon(tmp_path: Path) -> None:
+    """A worker that was away while the others completed rounds misses the one under way, and that one alone: with
+    overlap it does not go on one round behind for ever."""
+    changes = {
+        "exchange__matchmaking_s": 0.5,
+        "train__inner_steps": 16,
+    }  # long rounds: it has the time to come in
+    manifest = quick_manifest(exchange__overlap="eager", exchange__start_workers=3, **changes)
+    with swarm_of(manifest, tmp_path) as threads:
+        for name in ("a", "b"):
+            threads.start(name, max_rounds=12, max_tokens_per_s=1000)
+        away = threads.start("c", max_rounds=12, max_tokens_per_s=1000)
+        run_round = away.exchange.run_round
+
+        def frozen(**contribution: Any) -> Any:
+            if contribution["round"] == 3:
+                until = time.monotonic() + 60
+                while threads.workers["a"].outer.round < 7 and time.monotonic() < until:
+                    time.sleep(0.01)
+            return run_round(**contribution)
+
+        away.exchange.run_round = frozen  # type: ignore[method-assign]
+        threads.join()
+        assert_one_theta(threads, 1)
+        missed = threads.events("c", "resync")
+        mine = [e["round"] for e in threads.events("c", "round") if e["own_included"]]
+        assert 1 <= len(missed) <= 2, missed
+        back = min(number for number in mine if number > 4)
+        assert back <= missed[-1]["round"] + 2, (mine, missed)
+        assert len([number for number in mine if number > back]) >= 12 - back - 2
 
 
 def test_overlap_is_deterministic(tmp_path: Path) -> None:

@@ -87,7 +87,9 @@ def _serve(
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
     peers = invite.addresses if invite else ()
-    exchange = DhtExchange(PeerSettings(folder / "identity.key", args.host, args.port, tuple(peers)))
+    exchange = DhtExchange(
+        PeerSettings(folder / "identity.key", args.host, args.port, initial_peers=tuple(peers))
+    )
     stack.callback(exchange.close)
     control.traffic = exchange.traffic
     try:

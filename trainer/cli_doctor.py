@@ -86,7 +86,9 @@ def _network_checks(args: argparse.Namespace, invite: Invite) -> Iterator[Check]
     from dtrain.trainer.signing import SignedManifest
 
     with tempfile.TemporaryDirectory(prefix="dtrain-doctor-") as folder:
-        settings = PeerSettings(Path(folder) / "identity.key", args.host, args.port, invite.addresses)
+        settings = PeerSettings(
+            Path(folder) / "identity.key", args.host, args.port, initial_peers=invite.addresses
+        )
         exchange = DhtExchange(settings)
         try:
             exchange.connect()

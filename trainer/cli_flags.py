@@ -72,6 +72,12 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--no-lan", action="store_true", help="neither look for the run on this network nor be found there"
     )
+    machine.add_argument(
+        "--announce",
+        default="",
+        metavar="HOST:PORT",
+        help="where others dial this machine, with a loopback --host",
+    )
     machine.add_argument("--port", type=int, default=0, help="TCP port to listen on; 0 = any free one")
     machine.add_argument(
         "--no-relay", action="store_true", help="never pass on for others, nor be reached through others"

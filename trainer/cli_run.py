@@ -57,6 +57,15 @@ def check_address(args: argparse.Namespace) -> None:
         ) from None
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port {args.port} does not exist: type 1 to 65535, or 0 for any free one")
+    if announce := getattr(args, "announce", ""):
+        host, _, port = announce.partition(":")
+        try:
+            good = ipaddress.IPv4Address(host) and ipaddress.IPv4Address(args.host).is_loopback
+            good = good and 1 <= int(port) <= 65535
+        except ValueError:
+            good = False
+        if not good:
+            raise UsageError(f"--announce {announce} will not do: type HOST:PORT, and --host 127.0.0.1")
 
 
 def check_rate(args: argparse.Namespace) -> None:

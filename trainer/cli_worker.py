@@ -121,6 +121,7 @@ class Session:
             identity=self.folder / "identity.key",
             host=args.host,
             port=args.port,
+            announce=args.announce,
             # What a relay passes on is in no budget: who counts bytes is none.
             passes_on=not args.no_relay and not self.control.limits.bounds_traffic,
             relays=not args.no_relay,

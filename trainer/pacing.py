@@ -77,8 +77,13 @@ class Pacer:
         return min(until_deadline, missing / rate) if rate else until_deadline
 
     def _others_wait(self, round: int) -> bool:
-        waiting = (view for view in self._exchange.swarm() if view.status["state"] == "exchanging")
-        return any(_number(view, "round") == round for view in waiting)
+        """Whether somebody has ended this round's steps, and waits or is in the next one's already."""
+        return any(
+            _number(view, "training_round") > round
+            or (view.status["state"] == "exchanging" and _number(view, "round") == round)
+            for view in self._exchange.swarm()
+            if view.status["state"] not in ABSENT
+        )
 
 
 def _number(view: PeerView, key: str) -> float:

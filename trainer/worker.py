@@ -119,7 +119,9 @@ class Worker:
                 self._hold()
                 continue
             training = self._train()
-            self._settle()  # with overlap: the exchange of the round before ends here, under this round's steps
+            # With overlap the exchange of the round before ends here, under this round's steps.
+            if not self._settle():
+                continue  # this round was begun on a theta that is not the others': its work is set aside already
             if self._stop.is_set():
                 self._set_aside()
                 break
@@ -210,14 +212,14 @@ class Worker:
                 return outcome
             self.report.say(outcome.problem)
 
-    def _settle(self) -> None:
-        """Wait for the exchange under way and take the outer step.
+    def _settle(self) -> bool:
+        """Wait for the exchange under way and take the outer step; False if we missed it and stand elsewhere now.
 
         What of our payload is in no aggregate goes back into the error feedback. The local weights move by what the
         outer step changed under them; without overlap that makes them theta exactly.
         """
         if self._delivery is None:
-            return
+            return True
         delivery, self._delivery = self._delivery, None
         outcome = self.report.waiting_for(delivery.outcome)
         if outcome.verdict in (DONE, ALONE):
@@ -229,7 +231,7 @@ class Worker:
             self.pacer.came_late = False
             self.report.round_done(outcome, delivery.training, all_tokens, len(delivery.payload))
             self._keep()
-            return
+            return True
         everything = [(0, self.codec.num_chunks)]
         self.feedback.give_back(delivery.payload, everything)
         self.books.settled(outcome, delivery.payload, everything)
@@ -239,6 +241,7 @@ class Worker:
             self.pacer.came_late = True
             self.report.resync("missed a round; its work is kept for the next")
         self.local.flat.copy_(self.outer.state.theta_flat)
+        return False
 
     def _move_local(self, base: Tensor) -> None:
         """Local weights, at `base` when their payload left, now build on the new theta."""
