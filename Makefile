@@ -81,7 +81,7 @@ lab: setup
 
 # Workers behind routers that nobody can dial, and on machines that move, in network namespaces: Linux, as root.
 nat-test: setup
-	$(BIN)/pytest tests/test_nat.py tests/test_lan.py -m netns $(TEST_ARGS)
+	$(BIN)/pytest tests/test_nat.py tests/test_lan.py tests/test_limits_wire.py -m netns $(TEST_ARGS)
 
 # After a change of trainer/control.proto.
 proto: setup

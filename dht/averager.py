@@ -91,6 +91,8 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         )
         self.terms, self.codec, self._donor = terms, codec, donor
         self._reach, self._door = reach, door
+        # Told of each round that came about: whose contributions count in it, by tokens.
+        self.on_round: Callable[[int, dict[str, float]], None] = lambda round, weights: None
         self.schema_hash = terms.manifest_hash  # peers of another manifest are refused while matchmaking
         self.history = RoundHistory()
         self._groups = Groups()
@@ -182,6 +184,8 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         if record.aggregates and not record.stale:  # else it was no round, to be handed on to nobody
             self._own_span = runner.own_span if recompress else (0, 0)
             self.history.keep(record)
+            inside = set(record.contributors)
+            self.on_round(record.round, {m.peer_id: m.weight for m in members if m.peer_id in inside})
         return record
 
     async def fetch_round(self, peer_id: str, round: int) -> RoundRecord:
@@ -220,6 +224,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         own, self._own_span = [str(self.peer_id)], (0, 0)
         record = RoundRecord(contribution.round, contribution.base_digest, own, own, [whole], [aggregate])
         self.history.keep(record)
+        self.on_round(contribution.round, {str(self.peer_id): contribution.weight})
         return record
 
     def _disconnect(self, peer_id: str) -> None:

@@ -27,6 +27,7 @@ from dtrain.compression.warm_up import warm_up
 from dtrain.dht import admissions, manifests, notes, rendezvous, streams
 from dtrain.dht.averager import RunTerms, SwarmAverager
 from dtrain.dht.connection import attach
+from dtrain.dht.credit_file import FILE as CREDIT_FILE
 from dtrain.dht.distance import Probe, measure_any
 from dtrain.dht.door import entry_of
 from dtrain.dht.faults import PIECE_BYTES, FaultPlan
@@ -38,6 +39,7 @@ from dtrain.dht.meeting import Rounds
 from dtrain.dht.membership import Contribution
 from dtrain.dht.partial_state import NoSpace
 from dtrain.dht.reachability import CLIENT, DIRECT, Witness
+from dtrain.dht.receipts import Receipts
 from dtrain.dht.streams import StreamError, in_background
 from dtrain.dht.transfer import StateTransfer
 from dtrain.dht.transport import Traffic, TransportError, patch_hivemind
@@ -68,6 +70,7 @@ class NetworkPeer:
         self._moved = ""
         self._goodbye = "stopped"  # what we say on the way out, unless our worker says first that it leaves
         self._opened = asyncio.Event()  # the run is
+        self._receipts: Receipts | None = None  # of a worker's rounds
 
     async def serve(self) -> None:
         """Serve the worker until it says "close" or is gone."""
@@ -91,7 +94,7 @@ class NetworkPeer:
         """Start the daemon and the DHT node; returns the peer id and the addresses others can join through."""
         self._private = Path(args["private_folder"])
         patch_hivemind(self._private, self._traffic)
-        identity = load_or_create(Path(args["identity"]))
+        self._identity = identity = load_or_create(Path(args["identity"]))
         self._connection = await attach(
             identity,
             self._private,
@@ -179,6 +182,16 @@ class NetworkPeer:
             door=self._heartbeats,
         )
         await self._averager.open(self._p2p)
+        self._receipts = Receipts(
+            self._p2p,
+            self._identity,
+            run=terms.manifest_hash,
+            prefix=terms.prefix,
+            path=self._identity.path.with_name(CREDIT_FILE),
+            traffic=lambda: (self._traffic.up, self._traffic.down),
+        )
+        await self._receipts.open()
+        self._averager.on_round = self._receipts.note
         self._rounds = Rounds(
             self._averager,
             self._heartbeats,
@@ -289,6 +302,11 @@ class NetworkPeer:
         """Say goodbye if there is time, end the daemon, remove every file of ours."""
         for task in self._tasks:
             task.cancel()
+        try:
+            if self._receipts is not None and self._goodbye == "leaving":
+                await asyncio.wait_for(self._receipts.collect(), LEAVE_S)
+        except asyncio.TimeoutError:
+            pass  # somebody of the last rounds is gone
         try:
             if self._opened.is_set() and self._heartbeats.announced and not self._moved:
                 goodbye = self._heartbeats.announce({**self._heartbeats.status, "state": self._goodbye})

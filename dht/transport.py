@@ -24,6 +24,9 @@ from dtrain.dht.throttle import Throttle
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 BYTES_PER_MEGABIT = 125_000.0
 MESSAGE_OVERHEAD_BYTES = 128  # of TLS, multiplexing, TCP and IP, roughly; it counts against the user's rates
+WIRE_SHARE = (
+    0.87  # of the bytes on the wire; the rest are headers in between and what confirms the other direction
+)
 RELAY_FLAGS = {
     "relayDiscovery": False,  # with it, a relayed address takes three minutes
     "relayDataLimit": 2**50,  # bytes per relayed connection and direction
@@ -47,8 +50,8 @@ class Traffic:
 
     def limit(self, *, up_mbps: float, down_mbps: float) -> None:
         """Keep to these rates from now on; 0 = no limit."""
-        self._up_limit.bytes_per_s = up_mbps * BYTES_PER_MEGABIT
-        self._down_limit.bytes_per_s = down_mbps * BYTES_PER_MEGABIT
+        self._up_limit.bytes_per_s = up_mbps * BYTES_PER_MEGABIT * WIRE_SHARE
+        self._down_limit.bytes_per_s = down_mbps * BYTES_PER_MEGABIT * WIRE_SHARE
 
     async def sending(self, num_bytes: int) -> None:
         """Before so many bytes are sent."""

@@ -12,6 +12,7 @@ import torch
 from swarm_tools import WorkerProcess, eventually, leftovers, our_processes, swarm
 
 from dtrain.compression.codec import Codec
+from dtrain.dht.credit_file import load
 from dtrain.dht.identity import load_or_create
 from dtrain.experiments.memory import MemoryExchange, MemorySwarm
 from dtrain.trainer.flat import FlatParameters
@@ -95,9 +96,19 @@ def test_a_newcomer_gets_theta_from_its_peers_and_contributes(tmp_path: Path) ->
         assert late.events("first_step")[0]["seconds"] > 0
         late.wait_for("round", lambda event: event["own_included"] and len(event["contributors"]) == 2)
         first.interrupt()
+        assert first.wait() == 0
+        assert countersigners(first) == {late.events("start")[0]["peer_id"]}
         late.interrupt()
-        assert (first.wait(), late.wait()) == (0, 0)
+        assert late.wait() == 0
         assert_one_theta([first, late], 1)
+
+
+def countersigners(worker: WorkerProcess) -> set[str]:
+    """Peers whose receipts a worker has brought home."""
+    start = worker.events("start")[0]
+    _, purse = load(worker.folder / "credit.json", bytes.fromhex(start["manifest_hash"]), start["peer_id"])
+    assert all(receipt.is_genuine and receipt.tokens > 0 for receipt in purse.receipts)
+    return {receipt.signer for receipt in purse.receipts}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

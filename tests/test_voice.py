@@ -92,6 +92,13 @@ def test_a_long_bar_stays_on_one_line(clock: Clock, monkeypatch: pytest.MonkeyPa
     assert len(re.sub(r"\r\x1b\[K", "", shown.getvalue())) == 39
 
 
+def test_what_others_said_cannot_steer_the_terminal() -> None:
+    """Control characters and turned writing directions are shown as such; line breaks stay."""
+    shown = io.StringIO()
+    Voice(shown).say("worker x: \x1b[2Jgone\x07 \u202eback\nnext")
+    assert shown.getvalue() == "worker x: \ufffd[2Jgone\ufffd \ufffdback\nnext\n"
+
+
 def test_waiting_shows_itself_until_it_is_over() -> None:
     """While it is open the wait is shown again and again without help; once told how much is done, that."""
     shown = Terminal()

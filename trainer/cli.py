@@ -33,6 +33,7 @@ GROUPS = {
         "stop": (_CONTROL, "leave now"),
         "limit": (_CONTROL, "what a worker may take: bandwidth, computing time, hours, traffic"),
         "log": (_CONTROL, "what a worker said last"),
+        "credit": ("dtrain.trainer.cli_credit", "what your workers contributed, countersigned; verify FILE"),
         "service": ("dtrain.trainer.cli_service", "have a worker begin at login, and again when it fails"),
     },
     "Use what was trained": {

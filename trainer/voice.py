@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO
 
+from dtrain.trainer.text import clean_block
+
 KEPT_LINES = 500
+MAX_TEXT = 20_000  # characters of one text
 LINE_AFTER_S = 2.0  # what takes longer gets a line also where there is no terminal
 LINE_PERIOD_S = 5.0  # and further ones
 BAR_PERIOD_S = 0.2
@@ -55,7 +58,9 @@ class Voice:
         self.now = Progress()
 
     def say(self, text: str) -> None:
-        """One line (or several, in one text) for the user."""
+        """One line (or several, in one text) for the user. Parts of it may be others' words: what a terminal would obey
+        does not reach it."""
+        text = clean_block(text, MAX_TEXT)
         with self._changed:
             self._clear_bar()
             print(text, file=self._stream, flush=True)
