@@ -140,17 +140,23 @@ def check(blob: bytes) -> Statement:
 
 def _parse(blob: bytes) -> Mapping[str, Any]:
     try:
-        tree = json.loads(blob) if len(blob) <= MAX_BYTES else None
-        fits = isinstance(tree, dict) and set(tree) == {*_TEXTS, *_COUNTS, "receipts"}
-        fits = fits and all(isinstance(tree[key], str) and len(tree[key]) <= 200 for key in _TEXTS)
-        fits = fits and all(type(tree[key]) is int and 0 <= tree[key] < 2**63 for key in _COUNTS)
-        fits = fits and isinstance(tree["receipts"], list) and tree["format"] == FORMAT
+        tree: Any = json.loads(blob) if len(blob) <= MAX_BYTES else None
     except (ValueError, RecursionError):
-        fits = False
-    if not fits:
+        tree = None
+    if not isinstance(tree, dict) or not _fits(tree):
         raise CreditError("it is no statement of dtrain credit")
-    parsed: Mapping[str, Any] = tree
-    return parsed
+    return tree
+
+
+def _fits(tree: Mapping[str, Any]) -> bool:
+    """Whether every field is there and of its kind."""
+    return (
+        set(tree) == {*_TEXTS, *_COUNTS, "receipts"}
+        and all(isinstance(tree[key], str) and len(tree[key]) <= 200 for key in _TEXTS)
+        and all(type(tree[key]) is int and 0 <= tree[key] < 2**63 for key in _COUNTS)
+        and isinstance(tree["receipts"], list)
+        and tree["format"] == FORMAT
+    )
 
 
 def _is_signed(tree: Mapping[str, Any]) -> bool:
