@@ -9,16 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
-import os
 import shutil
-import signal
-import socket
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from hivemind.utils import get_dht_time
 
 from dtrain.compression.codec import Codec
@@ -320,18 +314,3 @@ class NetworkPeer:
                 self._p2p._terminate()
             if self._private != Path():
                 shutil.rmtree(self._private, ignore_errors=True)
-
-
-async def _serve(connection: socket.socket) -> None:
-    reader, writer = await asyncio.open_connection(sock=connection, limit=2**22)
-    await NetworkPeer(reader, writer).serve()
-
-
-def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker decides when we end
-    torch.set_num_threads(1)
-    logging.basicConfig(level=os.environ.get("DTRAIN_LOG_LEVEL", "WARNING"), format="network: %(message)s")
-    # hivemind leaves tasks behind when it stops looking
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    asyncio.run(_serve(socket.socket(fileno=int(sys.argv[1]))))
-    os._exit(0)  # hivemind's helper threads never end
