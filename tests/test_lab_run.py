@@ -45,6 +45,7 @@ seq_len = 32
 inner_steps = 8
 [exchange]
 start_workers = 2
+overlap = "eager"
 [[events]]
 kind = "freeze"
 workers = [2]
