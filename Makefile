@@ -13,7 +13,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_JOBS ?= 2
 
-.PHONY: lab pictures browser-test dashboard-load setup demo test check chaos chaos-20 fuzz soak join-test nat-test proto evidence clean
+.PHONY: checkpoint-torture lab pictures browser-test dashboard-load setup demo test check chaos chaos-20 fuzz soak join-test nat-test proto evidence clean
 
 setup: $(STAMP)
 
@@ -60,6 +60,10 @@ chaos-20: setup
 # 40,000 spoiled payloads and aggregates into every reader of the codec, a few minutes.
 fuzz: setup
 	$(BIN)/pytest tests/test_fuzz.py -m slow $(TEST_ARGS)
+
+# Checkpointing killed at 200 random instants, and on a full disk (as root), about a minute.
+checkpoint-torture: setup
+	$(BIN)/pytest tests/test_checkpoint_torture.py -m "slow or not slow" $(TEST_ARGS)
 
 # 300 fault-free rounds of four workers, about 10 minutes.
 soak: setup

@@ -238,6 +238,13 @@ class Codec:
         offset = self.layout.offset
         return int(offset[first_chunk + num_chunks] - offset[first_chunk])
 
+    def values(self, payload: bytes) -> torch.Tensor:
+        """What a checked payload says of its range: fp32, its elements in chunk order."""
+        head, section = self._open(payload)
+        out = torch.zeros(self._numel(head.first_chunk, head.num_chunks))
+        self._add(self.payload_format, section, 1.0, out)
+        return out
+
     def open_section(self, payload: bytes) -> Section:
         """Where the groups of a checked payload are, for those who want to look inside."""
         return self._open(payload)[1]

@@ -55,6 +55,7 @@ class RunTerms:
     sender_timeout_s: float
     exact_up_to: int
     max_weight: float  # tokens that one worker can be credited with per round
+    screens: bool = False  # whether reducers judge what they sum
 
     @property
     def run_tag(self) -> bytes:
@@ -167,6 +168,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             call=lambda j, name: self.method(ids[j], name),
             round_timeout_s=self.terms.round_timeout_s,
             sender_timeout_s=self.terms.sender_timeout_s,
+            screens=recompress and self.terms.screens,
             faults=self._faults,
             disconnect=self._disconnect,
         )
@@ -175,6 +177,8 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         with self._donor.upload.round_under_way():
             await runner.run()
         self._uplink.measure(runner.uploads)
+        for reason in runner.refused.values():
+            self._door.count(f"update-{reason}")
         self._faults.happen("before-report", contribution.round)
         record = runner.record(wait_s=wait_s, exchange_s=time.monotonic() - started)
         if time.monotonic() > started + self.terms.round_timeout_s + LATE_S:

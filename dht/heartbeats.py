@@ -154,6 +154,11 @@ class Heartbeats:
         """Why a peer that asks for something is refused, or ""; counted."""
         return "" if self.admissions is None else self.admissions.door.refuses(peer_id)
 
+    def count(self, reason: str) -> None:
+        """Something of another peer was refused for that reason."""
+        if self.admissions is not None:
+            self.admissions.door.count(reason)
+
     def refusals(self) -> dict[str, Any]:
         """How often we have not let others in, by reason, and why most do not let us in ("" = they do)."""
         if self.admissions is None:

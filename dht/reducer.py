@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from dtrain.compression.codec import Codec
+from dtrain.compression.screen import REASONS, screen
 from dtrain.dht.kept_residual import KeptResidual
 from dtrain.dht.membership import Member
 
@@ -17,6 +18,7 @@ TAKE_S = 3.0  # how long a member that needs the result may take to come for it
 class SpanReducer:
     """Reduces one span of one round.
 
+    With `screens` the sections are judged by each other before they are summed (`compression/screen.py`).
     A sender is out of the span once it is dropped: its section was bad, or did not come in time. From the moment of
     reducing on nobody comes in and nobody is dropped. `report(problem)` gets a line about everybody who is;
     `reduced()` is called when the sum is there, before anybody can have it.
@@ -31,12 +33,14 @@ class SpanReducer:
         run: bytes,
         round: int,
         residual: KeptResidual | None,
+        screens: bool,
         report: Callable[[str], None],
         reduced: Callable[[], object],
     ):
         self._codec, self.span, self._members = codec, span, members
         self._run, self._round, self._residual = run, round, residual
-        self._report, self._reduced = report, reduced
+        self._screens, self._report, self._reduced = screens, report, reduced
+        self.refused: dict[int, str] = {}  # members that are not in the sum for what they sent, and why
         self.aggregate: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._inbox: dict[int, bytes] = {}
         self._inbox_changed = asyncio.Event()
@@ -98,6 +102,11 @@ class SpanReducer:
     def _sum(self, sections: Sequence[tuple[int, float, bytes]]) -> bytes:
         """The span's aggregate. What it leaves out of the sum is on our disk before anybody has the aggregate."""
         first, count = self.span
+        if self._screens:
+            screened = screen(self._codec, sections, first, count)
+            sections, self.refused = screened.sections, screened.refused
+            for sender, reason in self.refused.items():
+                self._report(f"{self._members[sender].peer_id} is not in our sum: {REASONS[reason]}")
         weight = math.fsum(weight for _, weight, _ in sections)
         left_over = None if self._residual is None else self._residual.draw(first, count, weight)
         aggregate = self._codec.reduce(

@@ -45,6 +45,7 @@ class RoundRunner:
         call: CallPeer,
         round_timeout_s: float,
         sender_timeout_s: float,
+        screens: bool = False,
         faults: FaultPlan | None = None,
         disconnect: Callable[[str], None] = lambda peer_id: None,
     ):
@@ -77,6 +78,7 @@ class RoundRunner:
             run=run,
             round=round,
             residual=residual,  # None = exact unions
+            screens=screens,
             report=self._problems.append,
             reduced=lambda: self._faults.happen("reduced", round),
         )
@@ -109,6 +111,11 @@ class RoundRunner:
     def own_span(self) -> tuple[int, int]:
         """The one that this member reduces."""
         return self.spans[self.own_index]
+
+    @property
+    def refused(self) -> dict[int, str]:
+        """Members whose sections we have kept out of our span's sum, and why."""
+        return self._reducer.refused
 
     def record(self, *, wait_s: float, exchange_s: float) -> RoundRecord:
         """What came out of the round for this member."""
@@ -191,7 +198,7 @@ class RoundRunner:
             num_members=len(self.members),
         )
         for index, weight in self.codec.contributors(aggregate):
-            if weight != self.members[index].weight:
+            if weight > self.members[index].weight:  # less is a reducer's to decide
                 raise PayloadError("wrong-weight", f"weights {self.members[index].peer_id} by {weight}")
 
     def _max_aggregate_bytes(self, j: int) -> int:

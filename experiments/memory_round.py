@@ -16,6 +16,7 @@ import numpy.typing as npt
 from dtrain.compression.codec import Codec
 from dtrain.compression.errors import PayloadError
 from dtrain.compression.residual import Residual
+from dtrain.compression.screen import REASONS, Section, screen
 
 Floats = npt.NDArray[np.float64]
 _Sections = dict[tuple[int, int], bytes]
@@ -55,6 +56,8 @@ class Reduced:
     bytes_up: Counter[str] = field(default_factory=Counter)
     bytes_down: Counter[str] = field(default_factory=Counter)
     num_lost_sections: int = 0
+    refused: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By (sender, reason): sections that reducers left out for what they said."""
     reduced_s: Floats = field(default_factory=lambda: np.zeros(0))
     """[members]: when each had all sections of its span that it waited for, seconds from the group's meeting."""
     ends_s: dict[str, float] = field(default_factory=dict)
@@ -123,7 +126,9 @@ class GroupReducer:
         faults: Faults,
         links: Links = INSTANT,
         patience_s: float = math.inf,
+        screens: bool = False,
     ) -> None:
+        self._screens = screens
         self._codec = codec
         self._run = run
         self._exact_up_to = max(1, exact_up_to)  # recompression gains nothing for a worker that is alone
@@ -191,6 +196,8 @@ class GroupReducer:
             if not span[1]:
                 continue
             arrived = [(i, m.weight, sections[i, j]) for i, m in enumerate(members) if (i, j) in sections]
+            if self._screens and len(members) > self._exact_up_to:
+                arrived = self._screened(names, span, arrived, result)
             aggregate = self._aggregate(round, names[j], span, arrived, len(members))
             if not aggregate or (round, names[j]) in self._faults.spans:
                 for name in names:
@@ -205,6 +212,15 @@ class GroupReducer:
                     result.bytes_down[name] += len(aggregate)
         ends_s = self._links.arrivals_s(names, sent, result.reduced_s).max(axis=0)
         result.ends_s = {name: float(end) for name, end in zip(names, np.maximum(ends_s, result.reduced_s))}
+
+    def _screened(
+        self, names: Sequence[str], span: tuple[int, int], arrived: list[Section], result: Reduced
+    ) -> list[Section]:
+        screened = screen(self._codec, arrived, *span)
+        for index, reason in screened.refused.items():
+            result.refused[names[index], reason] += 1
+            _report(result, names[index], span, REASONS[reason])
+        return screened.sections
 
     def _aggregate(
         self,

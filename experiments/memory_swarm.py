@@ -145,6 +145,7 @@ class MemorySwarm:
             faults or Faults(),
             links,
             self.terms.sender_timeout_s,
+            self.terms.screens,
         )
         self._reducing = threading.Lock()
         self._started = False

@@ -84,12 +84,14 @@ class Group:
         played: Sequence[int] = (),
         indirect: Sequence[int] = (),
         recompress: bool = False,
+        payloads: Sequence[bytes] = (),
+        screens: bool = False,
         round_timeout_s: float = PATIENCE_S,
         sender_timeout_s: float = PATIENCE_S,
     ):
         self.line, self.played = Line(), played
         self.members = [Member(f"peer{i}", 100.0 + i, i not in indirect) for i in range(num)]
-        self.payloads = [make_payload(i) for i in range(num)]
+        self.payloads = list(payloads) or [make_payload(i) for i in range(num)]
         self.residuals = [KeptResidual(CODEC, RUN) if recompress else None for _ in range(num)]
         self.faults: dict[tuple[int, int, str], Fault | None] = {}
         """By (caller, callee, method): what becomes of the callee's handler; None = it cannot be reached."""
@@ -107,6 +109,7 @@ class Group:
                 call=functools.partial(self.call, i),
                 round_timeout_s=round_timeout_s,
                 sender_timeout_s=sender_timeout_s,
+                screens=screens,
                 faults=FaultPlan(),
                 disconnect=lambda _: None,
             )

@@ -265,6 +265,7 @@ def open_run(
         sender_timeout_s=terms.sender_timeout_s,
         exact_up_to=terms.exact_up_to,
         max_weight=manifest.max_weight,
+        screens=terms.screens,
         heartbeat_s=terms.heartbeat_s,
         heartbeat_ttl_s=terms.heartbeat_ttl_s,
     )

@@ -270,6 +270,9 @@ class ExchangeConfig:
     """Most tokens that one worker can be credited with per round; 0 = 64 times a fixed round's. More is no weight."""
     exact_up_to: int = 4
     """Groups of up to this many workers exchange the exact union; larger ones compress each sum again."""
+    screens: bool = added(True)
+    """Whether, in those larger groups, a reducer leaves out or counts less what stands out from the others' updates:
+    far too long, empty, copied, pointed away from them (`compression/screen.py`)."""
 
     def __post_init__(self) -> None:
         settle_types(self, self.SECTION)
