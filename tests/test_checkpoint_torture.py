@@ -26,7 +26,7 @@ def at_round(round: int, numel: int = 20_000) -> Checkpoint:
 
 
 def kill_while_saving(folder: Path, begin: int, draw: random.Random) -> int:
-    """Save checkpoints in a child, and kill it at a random instant of one of the first three; the last round that it was
+    """Save checkpoints in a child, and kill it at a random instant of an early one; the last round that it was
     told is safe."""
     readable, writable = os.pipe()
     with warnings.catch_warnings():
