@@ -133,8 +133,7 @@ class DhtExchange:
         admission: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin to take part in a run. `manifest` is its signed form, handed to whoever asks for it; `pieces` are the
-        lengths in bytes that the trainer's state is cut into for newcomers (none: it gives no state); `admission` is
-        what `dht.door.entry_of` takes (None: everybody is let in)."""
+        lengths in bytes of the pieces of the trainer's state (none: it gives none); `admission` as in `dht/door.py`."""
         self._state_files.sweep()
         self._run = {
             "run_id": run_id,
@@ -203,8 +202,7 @@ class DhtExchange:
             self._swarm = (time.monotonic(), [PeerView(*peer) for peer in message["peers"]])
             for view in self._swarm[1]:
                 self._address_book.hear(view.peer_id, view.status.get("address"))
-            up, down = message["traffic"]
-            self._traffic = (up, down)
+            self._traffic = message["traffic"][0], message["traffic"][1]
             self._refusals = message.get("refusals", self._refusals)
             if message.get("refused") and not self.refused:
                 self.refused = reason_text(message["refused"])
