@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from swarm_tools import Swarm, WorkerProcess, swarm
 
-from dtrain.dht.faults import VARIABLE
+from dtrain.dht.faults import STOPPED_S, VARIABLE
+from dtrain.trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -87,6 +89,8 @@ def inject(run: Swarm, *planned: tuple[str, str, int]) -> None:
     if "kill" in {kind for _, kind, _ in planned}:
         faulty = start(run, "d", [], "INFO")
     check_comes_back(honest[0], faulty, last_round)
+    if "stop" in {kind for _, kind, _ in planned}:
+        check_resynced_soon(honest[0], faulty)
     if points & {"reduced", "half-delivered"} and faulty is not run.workers[3]:
         assert TAKEN_UP in faulty.log.read_text(), "what it owed as a reducer is lost"
 
@@ -132,6 +136,18 @@ def check_comes_back(honest: WorkerProcess, faulty: WorkerProcess, fault_round: 
     faulty.wait_for_round(number)
     assert faulty.digests()[faulty.events("round")[-1]["round"]]
     check_one_theta([honest, faulty])
+
+
+def check_resynced_soon(honest: WorkerProcess, faulty: WorkerProcess) -> None:
+    """A frozen worker that wakes up is brought back to the others' theta within two of their rounds."""
+    everything = read_metrics(faulty.folder / "metrics.jsonl")
+    gaps = [(after["time"] - before["time"], after["time"]) for before, after in pairwise(everything)]
+    slept_s, woke = max(gaps)
+    assert slept_s >= STOPPED_S - 1.0
+    before = [event["round"] for event in honest.events("round") if event["time"] <= woke]
+    back = next(event for event in faulty.events("resync") if event["time"] >= woke)
+    reached = [event["round"] for event in honest.events("round") if event["time"] <= back["time"]]
+    assert max(reached) - max(before) <= 2, f"{max(reached) - max(before)} rounds until it was back"
 
 
 def test_a_fault_harms_nobody_else(run: Swarm) -> None:
