@@ -10,6 +10,7 @@ import pytest
 from stream_data_tools import QUICK, TEXTS, manifest_for, write
 
 from dtrain.trainer.cli import main
+from dtrain.trainer.cli_propose import tokenizer_of_model
 from dtrain.trainer.data import open_data
 from dtrain.trainer.errors import UsageError
 from dtrain.trainer.manifest import Manifest, preset_manifest
@@ -114,3 +115,17 @@ def test_data_can_be_looked_at_before_training(made: Path, capsys: pytest.Captur
     assert main(["create", "--run-id", "ours", *flags]) == 0
     assert main(["data", "check", "--run-id", "ours", *flags, "--seconds", "0.1"]) == 0
     assert "in tokens of t.json" in capsys.readouterr().out
+
+
+def test_a_trained_model_brings_its_tokenizer(made: Path) -> None:
+    """From its folder, or under its name on the hub; a config, a factory and a folder without one bring none."""
+    (made / "model").mkdir()
+    assert tokenizer_of_model("model") is None
+    (made / "model" / "tokenizer.json").write_text((made / "t.json").read_text())
+    assert tokenizer_of_model("model") == "model"
+    assert tokenizer_of_model("org/name") == "org/name"
+    assert [tokenizer_of_model(name) for name in (None, "c.json", "package.module:make")] == [
+        None,
+        None,
+        None,
+    ]

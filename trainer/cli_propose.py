@@ -61,20 +61,25 @@ def data_overrides(args: argparse.Namespace) -> dict[str, object]:
         overrides.update({"data.source": source, "data.revision": _revision(args.dataset) or None})
     elif args.data is not None and args.config is None:
         overrides.update(_local(args.data))
-    tokenizer = args.tokenizer or _tokenizer_of_model(args.model)
+    tokenizer = args.tokenizer or tokenizer_of_model(args.model)
     if tokenizer is not None:
         overrides.update(_tokenizer(tokenizer))
     return overrides
 
 
-def _tokenizer_of_model(model: str | None) -> str | None:
-    """A trained model comes with its tokenizer."""
-    return model if model is not None and (Path(model) / "tokenizer.json").is_file() else None
+def tokenizer_of_model(model: str | None) -> str | None:
+    """A trained model comes with its tokenizer, in its folder or under its name on the hub."""
+    if model is None or model.endswith(".json"):
+        return None
+    path = Path(model)
+    if path.exists():
+        return model if (path / "tokenizer.json").is_file() else None
+    return None if ":" in model else model
 
 
 def local_tokenizer(args: argparse.Namespace) -> Path | None:
     """The tokenizer's file, if --tokenizer or --model named one."""
-    name = args.tokenizer or _tokenizer_of_model(args.model)
+    name = args.tokenizer or tokenizer_of_model(args.model)
     return Path(name) if name is not None and Path(name).exists() else None
 
 
