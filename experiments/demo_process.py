@@ -37,16 +37,21 @@ class DemoProcess:
             "DTRAIN_RUNTIME_DIR": str(base / "runtime"),  # a run of ours is no business of the user's own
         }
         self.started = time.monotonic()
-        with self.log.open("wb") as log, signals_held():
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "dtrain.trainer.cli", command, *arguments, *flags],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=env,
-                start_new_session=True,
-                preexec_fn=end_with_parent,
-            )
+        try:
+            with self.log.open("wb") as log, signals_held():
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "dtrain.trainer.cli", command, *arguments, *flags],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=env,
+                    start_new_session=True,
+                    preexec_fn=end_with_parent,
+                )
+        except KeyboardInterrupt:  # it came while the process was being made: nobody else knows of it yet
+            if "process" in vars(self):
+                stop_all([self])
+            raise
 
     @property
     def exit_code(self) -> int | None:
