@@ -40,12 +40,12 @@ class PassedRounds:
 
     async def keep_up(self, round: int) -> None:
         """Get the rounds since `round` as they pass, until cancelled."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         reached = self.reached(round)
         self._drop(lambda number: not round <= number < reached)
         while True:
             while reached < self._newest() and (record := await self._fetch(reached)) is not None:
                 try:
+                    self._folder.mkdir(parents=True, exist_ok=True)
                     self._path(reached).write_bytes(msgpack.packb(packed(record)))
                 except OSError as error:  # the download itself goes on
                     logging.warning("cannot keep the rounds that pass in %s: %s", self._folder, error)

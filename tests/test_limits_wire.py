@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from netns_tools import internet, missing, run
 from swarm_tools import swarm
 from test_nat import invite_of
+
+from dtrain.experiments.netns import internet, missing, run
 
 pytestmark = [
     pytest.mark.netns,

@@ -220,7 +220,7 @@ def test_from_swarm_to_transformers_and_back(tmp_path: Path, capsys: pytest.Capt
             assert worker.digests() == workers.workers[0].digests()
             assert all(e["payload_bytes"] < 4 * num_params for e in worker.events("round"))
             assert worker.events("round")[-1]["bytes_up"] < 40 * num_params
-    lora = tmp_path / "a"
+    lora = tmp_path / "lora" / "a"
     adapted = tmp_path / "adapted"
     flags = ("--folder", str(lora), "--model", str(out), "--format", "hf")
     assert main(["export", *flags, "--out", str(adapted)]) == 0

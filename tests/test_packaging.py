@@ -37,7 +37,7 @@ IMPORT_NAMES = {
     "triton": "torch",
 }  # the rest are called what they are
 EXTRAS = {
-    "adamw8bit": "trainer/optimizers.py",
+    "adamw8bit": ("trainer/optimizers.py", "trainer/models_hf.py"),
     "dashboard": "experiments/dashboard",
     "hf": "trainer/",
     "simulate": "experiments/",

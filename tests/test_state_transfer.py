@@ -105,8 +105,9 @@ def test_a_broken_download_goes_on_where_it_stopped(tmp_path: Path) -> None:
         last = Newcomer(tmp_path / "in", {"a": donor})
         assert await last.fetch() == AT_NINE
         assert last.received == STATE
-        assert last.progress[0] == sum(PIECES[:5])
-        assert len(donor.asked) == len(PIECES) - 5
+        arrived = last.progress[0]  # by then a sixth piece may have been under way
+        assert sum(PIECES[:5]) <= arrived
+        assert sum(PIECES[number] for number in donor.asked) == sum(PIECES) - arrived
 
     asyncio.run(scenario())
 

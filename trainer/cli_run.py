@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -206,15 +207,18 @@ def load_training() -> threading.Thread:
     """Import in the background what training needs: seconds of work, while the network process comes up."""
 
     def load() -> None:
-        import torch
+        # What fails here fails again where it is needed, and is told there; and an import that goes on while a command
+        # that was mistyped ends has nothing to tell.
+        with suppress(Exception):
+            import torch
 
-        from dtrain.compression.kernels import pick
+            from dtrain.compression.kernels import pick
 
-        torch.optim.SGD(
-            [torch.zeros(1)], lr=1.0
-        )  # the first optimizer of a process brings in torch's compiler
-        pick.kernel()
-        import dtrain.trainer.worker  # noqa: F401
+            torch.optim.SGD(
+                [torch.zeros(1)], lr=1.0
+            )  # a process's first optimizer brings in torch's compiler
+            pick.kernel()
+            import dtrain.trainer.worker  # noqa: F401
 
     thread = threading.Thread(target=load, name="loading")
     thread.start()
