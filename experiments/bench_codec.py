@@ -203,7 +203,8 @@ def _table(rows: Sequence[Row]) -> Table:
 
 def _gains(rows: Sequence[Row], machine: dict[int, dict[str, float]]) -> list[str]:
     """What more threads gained over the first number of them, beside what this machine's cores could give."""
-    fast = [row for row in rows if row.kernel == rows[0].kernel]
+    kernel = next(row.kernel for row in rows if row.kernel != "floor")
+    fast = [row for row in rows if row.kernel == kernel]
     first = {(row.data, row.transform, row.k): row for row in reversed(fast)}
     lines = []
     for row in fast:

@@ -34,6 +34,9 @@ Ints = npt.NDArray[np.int64]
 Result = TypeVar("Result")
 
 PART_ELEMENTS = 1 << 18  # elements of a part, which a thread takes at a time
+PARTS_PER_THREAD = (
+    4  # at least: starting a thread takes as long as a part, and torch's threads still spin then
+)
 TILE_ELEMENTS = 1 << 20  # elements of sources in another format that are converted at a time
 _NO_SOURCE = np.zeros(0, np.int64)
 
@@ -216,7 +219,7 @@ def _parts(layout: Layout, first_group: int, end_group: int) -> Ints:
 
 def _in_threads(num_parts: int, work: Callable[[], Result]) -> list[Result]:
     """Call `work`, which takes parts until there are none, here and in more threads if torch has several."""
-    helpers = min(torch.get_num_threads(), num_parts) - 1
+    helpers = min(torch.get_num_threads(), num_parts // PARTS_PER_THREAD) - 1
     if helpers < 1:
         return [work()]
     with ThreadPoolExecutor(helpers) as pool:
