@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dtrain.experiments.demo_process import DemoProcess, stop_all
+from dtrain.experiments.scratch import scratch_folder
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.metrics import read_metrics
 
@@ -43,8 +43,7 @@ start_workers = 2
 
 def round_cost(viewers: int, seconds: float) -> dict[str, float]:
     """Figures of TURNS stretches of `seconds` each way."""
-    with tempfile.TemporaryDirectory(prefix="dtrain-load-") as scratch:
-        base = Path(scratch)
+    with scratch_folder("load") as base:
         (base / "runtime").mkdir()
         run_file = base / "run.toml"
         run_file.write_text(RUN_FILE)
