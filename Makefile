@@ -1,6 +1,6 @@
 # make demo    watch a small swarm of real workers train on this machine
 # make test    the whole default test suite
-# make check   lint, format, types and import directions
+# make check   lint, format, types, bandit, advisories on dependencies, import directions
 # make setup   what the three do first: a virtual environment in .venv with everything in it
 #
 # PYTHON=python3.12 chooses the interpreter, DEMO_ARGS='--rounds 40' is handed to the demo, and so is
@@ -12,6 +12,7 @@ PYTHON ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_JOBS ?= 2
+PACKAGES := trainer compression dht experiments
 
 .PHONY: checkpoint-torture lab pictures browser-test dashboard-load setup demo test check chaos chaos-20 fuzz soak join-test nat-test proto evidence clean
 
@@ -45,6 +46,8 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python scripts/types.py
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml $(PACKAGES) scripts
+	$(BIN)/python scripts/advisories.py
 	$(BIN)/pytest --quiet tests/test_floors.py
 
 # Every planned fault at every named point of a round, about 15 minutes.

@@ -75,7 +75,8 @@ class NetworkPeer:
             await self._clean_up()
 
     async def _carry_out(self, command: str, args: Args) -> Any:
-        assert command in COMMANDS
+        if command not in COMMANDS:
+            raise ValueError(f"there is no command {command!r:.40}")
         return await getattr(self, command)(args)
 
     def _carried_out(self) -> None:

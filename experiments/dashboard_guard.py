@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CONTROL_PATH = "/api/worker"
-TOKEN_HEADER = "x-dtrain-token"
+TOKEN_HEADER = "x-dtrain-token"  # the name of a header  # nosec B105
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 HEADERS = {
     "content-security-policy": (
