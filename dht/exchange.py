@@ -15,6 +15,7 @@ from dtrain.dht.address_book import AddressBook
 from dtrain.dht.outcome import Outcome, PeerView, outcome_of
 from dtrain.dht.process import RESTART_PAUSE_S, ConnectionLost, ExchangeError, NetworkProcess
 from dtrain.dht.state_files import Provider, State, StateFiles, Watch
+from dtrain.dht.tally import Tally
 from dtrain.dht.tokens import reason_text
 
 CONNECT_TIMEOUT_S = 60.0
@@ -31,15 +32,12 @@ class PeerSettings:
     identity: Path
     host: str = "0.0.0.0"  # IPv4 address to listen on
     port: int = 0  # TCP; 0 = any free one
-    announce: str = (
-        ""  # HOST:PORT that others dial instead, as where a port is forwarded; only with a loopback host
-    )
+    # HOST:PORT that others dial instead, as where a port is forwarded; only with a loopback host.
+    announce: str = ""
     initial_peers: tuple[str, ...] = ()  # libp2p addresses of peers to join through
     passes_on: bool = True  # be a relay for others, if this machine has a public address
     relays: bool = True  # be reached through a relay, if nobody can dial this machine
-    newcomer_mbps: float = (
-        0.0  # Mbit/s of our state that go to newcomers at most; 0 = half of what the line can do
-    )
+    newcomer_mbps: float = 0.0  # of our state that go to newcomers at most; 0 = half of what the line can do
 
 
 class DhtExchange:
@@ -68,7 +66,7 @@ class DhtExchange:
         self.on_change: Callable[[str, str], None] = lambda state, reason: None
         self._on_compiling: Callable[[int, int], None] = lambda done, total: None
         self._moved = ""
-        self._refusals: dict[str, int] = {}
+        self._refusals = Tally()
         self.refused = ""  # a line for the user: why the others do not let this peer in
         self.on_refused: Callable[[], None] = lambda: None  # called once, when that is known
         self._rates = {"up_mbps": 0.0, "down_mbps": 0.0}
@@ -173,6 +171,7 @@ class DhtExchange:
         """A new network process takes the place of one that died: same identity, same run."""
         self._open.clear()
         self._past_traffic, self._traffic = self.traffic(), (0, 0)
+        self._refusals.begin_anew()
         reason, self._moved = self._moved or DIED, ""
         self.connect()
         self.limit(**self._rates)
@@ -203,7 +202,7 @@ class DhtExchange:
             for view in self._swarm[1]:
                 self._address_book.hear(view.peer_id, view.status.get("address"))
             self._traffic = message["traffic"][0], message["traffic"][1]
-            self._refusals = message.get("refusals", self._refusals)
+            self._refusals.hear(message.get("refusals"))
             if message.get("refused") and not self.refused:
                 self.refused = reason_text(message["refused"])
                 self.on_refused()
@@ -314,7 +313,7 @@ class DhtExchange:
         self._state_files.provider = provider
 
     def refusals(self) -> Mapping[str, int]:
-        return self._refusals
+        return self._refusals.total()
 
     def traffic(self) -> tuple[int, int]:
         return self._past_traffic[0] + self._traffic[0], self._past_traffic[1] + self._traffic[1]

@@ -53,7 +53,8 @@ class Greetings(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
     """Tells our news to other peers and hears theirs.
 
     `hear(peer id, greeting)` takes in what another says; `have(peer id)` is `said` of the newest of its news;
-    `own_pass` is shown to whom knows nothing of us; `refusal(peer id)` says why a peer is not let in.
+    `own_pass` is shown to whom knows nothing of us; `refusal(peer id)` says why a peer is not let in; `count(reason)`
+    is told of what cannot be read.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class Greetings(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
         have: Callable[[str], float],
         own_pass: bytes = b"",
         refusal: Callable[[str], str] = lambda peer: "",
+        count: Callable[[str], None] = lambda reason: None,
     ):
         self._p2p, self._prefix, self._hear, self._have = p2p, prefix, hear, have
-        self._own_pass, self._refusal = own_pass, refusal
+        self._own_pass, self._refusal, self._count = own_pass, refusal, count
         self.own: News | None = None  # None = we only listen
         self._told: dict[str, News] = {}
         self._telling: dict[str, asyncio.Task[None]] = {}
@@ -92,7 +94,7 @@ class Greetings(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
             for _ in range(8):
                 own = self.own
                 reply = await stub.rpc_greet(BytesValue(value=self._message(peer)), timeout=ANSWER_S)
-                greeting = unpack_greeting(reply.value)
+                greeting = self._read(reply.value)
                 if own is not None:
                     self._told[peer] = own
                     if greeting.have < own.said:
@@ -106,6 +108,13 @@ class Greetings(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
         finally:
             del self._telling[peer]
 
+    def _read(self, blob: bytes) -> Greeting:
+        try:
+            return unpack_greeting(blob)
+        except ValueError:
+            self._count("greeting-schema")
+            raise
+
     def _message(self, peer: str) -> bytes:
         own, told = self.own, self._told.get(peer)
         if own is None or told is own:
@@ -116,7 +125,7 @@ class Greetings(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
 
     async def rpc_greet(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """Another peer says what it is doing, and gets what it has not heard of us."""
-        peer, greeting = str(context.remote_id), unpack_greeting(request.value)
+        peer, greeting = str(context.remote_id), self._read(request.value)
         self._hear(peer, greeting)
         reply, own = Greeting(self._have(peer), refused=self._refusal(peer)), self.own
         if own is not None and greeting.have < own.said:

@@ -91,9 +91,11 @@ class Heartbeats:
             have=self._have,
             own_pass=self.own_pass,
             refusal=self._refusal,
+            count=self.count,
         )
         self._at_the_door: dict[str, str] = {}  # who is not let in, and why; "" = not decided yet
         self._known: dict[str, PeerRecord] = {}
+        self._misfits: dict[object, float] = {}  # whose record is no heartbeat: when its newest runs out
         self._changed = asyncio.Event()
         self._stored: tuple[float, bool] = (
             0.0,
@@ -160,10 +162,12 @@ class Heartbeats:
             self.admissions.door.count(reason)
 
     def refusals(self) -> dict[str, Any]:
-        """How often we have not let others in, by reason, and why most do not let us in ("" = they do)."""
+        """How often we have refused others and their DHT records, by reason, and why most do not let us in ("" = they
+        do)."""
         if self.admissions is None:
             return {}
-        return {"refusals": dict(self.admissions.door.refusals), "refused": self.admissions.refusal}
+        counts = self.admissions.door.refusals + self._node.protocol.record_validator.refusals
+        return {"refusals": dict(counts), "refused": self.admissions.refusal}
 
     def proves(self, peer_id: str, shown: object) -> bool:
         """Whether a peer's pass is one, as every member of the run sees it."""
@@ -216,7 +220,10 @@ class Heartbeats:
         news = []
         for owner, record in records.items():
             status = unpack_status(getattr(record, "value", None))
-            if status is None or not isinstance(owner, bytes) or owner == self._own_id:
+            if status is None or not isinstance(owner, bytes):
+                self._count_misfit(owner, record)
+                continue
+            if owner == self._own_id:
                 continue
             peer_id, said = base58.b58encode(owner).decode(), record.expiration_time - self._record_s
             known = self._known.get(peer_id)
@@ -228,6 +235,15 @@ class Heartbeats:
             self._keep(PeerRecord(peer_id, status, said, said, said + lasts_s))
             news.append(peer_id)
         return news
+
+    def _count_misfit(self, owner: object, record: Any) -> None:
+        """A record under the run's key is no heartbeat; counted once, however often it is read."""
+        expires = getattr(record, "expiration_time", 0.0)
+        if self._misfits.get(owner) != expires:
+            self._misfits[owner] = expires
+            while len(self._misfits) > MAX_PEERS:
+                del self._misfits[next(iter(self._misfits))]
+            self.count("record-schema")
 
     def _hear(self, peer_id: str, greeting: Greeting) -> None:
         if self.admissions is not None and self.announced:

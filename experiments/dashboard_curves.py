@@ -14,7 +14,11 @@ from dataclasses import dataclass
 
 FACTOR = 32
 LEVELS = 3
-AXES = {"time": "t", "round": "round", "tokens": "tokens"}
+POINT_AT = {  # by axis
+    "time": "SELECT t FROM points WHERE curve = ? AND seq = ?",
+    "round": "SELECT round FROM points WHERE curve = ? AND seq = ?",
+    "tokens": "SELECT tokens FROM points WHERE curve = ? AND seq = ?",
+}
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS points (
@@ -135,7 +139,7 @@ def _seq_at(connection: sqlite3.Connection, curve: str, axis: str, x: float, *, 
         return 0
     if x == math.inf:
         return high
-    query = f"SELECT {AXES[axis]} FROM points WHERE curve = ? AND seq = ?"  # a column of AXES  # nosec B608
+    query = POINT_AT[axis]
     while low < high:
         middle = (low + high) // 2
         (value,) = connection.execute(query, (curve, middle)).fetchone()

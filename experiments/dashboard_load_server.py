@@ -79,7 +79,7 @@ def _play(history: History, hub: Hub, num_workers: int, first: int) -> None:
         state.hear([_heartbeat(n, round, work) for n in range(num_workers)], set(), now)
         line = RoundLine(round, 0.8, 0.05, 0.1, 0.01, num_workers, True, 2.0, ROUND_TOKENS)
         bulletin = BulletinView(
-            now - round, round, 1000 * round, 1000 * round, (line,), (EvalLine(round, 1.9),), ()
+            now - round, round, 1000 * round, 1000 * round, (line,), (EvalLine(round, 1.9),), (), {}
         )
         state.read({f"12D3KooW{n:0>44}": bulletin for n in range(num_workers)}, {}, now)
         hub.publish(state.snapshot(time.time()).to_dict())

@@ -41,6 +41,8 @@ OF_WORKERS = (
     ("dtrain_worker_received_bytes", "Bytes that a worker has received since its start", "down_bytes"),
 )
 
+REFUSED = "dtrain_refused_total", "What a worker has refused of others since its start, by reason"
+
 
 def exposition(snapshot: dict[str, Any] | None, clients: int) -> str:
     """All metrics, one a line. `snapshot` is None until the run is found."""
@@ -55,14 +57,22 @@ def exposition(snapshot: dict[str, Any] | None, clients: int) -> str:
                 for w in snapshot["workers"]
             ]
             lines += _metric(name, text, samples)
+        lines += _metric(*REFUSED, list(_refused(run, snapshot["workers"])), kind="counter")
     return "\n".join(lines) + "\n"
 
 
-def _metric(name: str, text: str, samples: list[tuple[str, Any]]) -> Iterator[str]:
+def _refused(run: str, workers: list[dict[str, Any]]) -> Iterator[tuple[str, int]]:
+    for worker in workers:
+        of = f'{run},worker="{_escaped(worker["name"])}",peer="{_escaped(worker["id"])}"'
+        for reason, count in sorted(worker["refused"].items()):
+            yield f'{of},reason="{_escaped(reason)}"', count
+
+
+def _metric(name: str, text: str, samples: list[tuple[str, Any]], kind: str = "gauge") -> Iterator[str]:
     known = [(labels, value) for labels, value in samples if value is not None]
     if known:
         yield f"# HELP {name} {text}"
-        yield f"# TYPE {name} gauge"
+        yield f"# TYPE {name} {kind}"
         yield from (f"{name}{{{labels}}} {value}" if labels else f"{name} {value}" for labels, value in known)
 
 

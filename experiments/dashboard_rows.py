@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -45,6 +46,9 @@ class WorkerRow:
     digest: str  # first characters of theta's
     age_s: float  # of its last heartbeat
     mine: bool  # runs on this machine
+    refused: Mapping[str, int] = field(
+        default_factory=dict
+    )  # others and what they sent, by reason, since its start
 
 
 @dataclass(frozen=True)

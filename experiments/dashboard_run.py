@@ -223,8 +223,15 @@ class RunState:
         if peer_id in self.peers:
             peer, total = self.peers[peer_id], account.contributions
             if bulletin.rounds:
-                peer.tokens_per_s = _speed_of(bulletin.rounds[-1])
-            peer.row = replace(peer.row, up_bytes=bulletin.up, down_bytes=bulletin.down, contributions=total)
+                peer.tokens_per_s = bulletin.rounds[-1].tokens_per_s
+            refused = {clean_line(reason): count for reason, count in bulletin.refused.items()}
+            peer.row = replace(
+                peer.row,
+                up_bytes=bulletin.up,
+                down_bytes=bulletin.down,
+                contributions=total,
+                refused=refused,
+            )
         for event in bulletin.events:
             kind = event.kind if event.kind in ("problem", "resync") else "problem"
             key = f"{kind}:{peer_id}:{event.at}"
@@ -318,9 +325,3 @@ class RunState:
         if not self.about.target_rounds or not self.round_s() or not self.is_alive:
             return None
         return max(0, self.about.target_rounds - self.round) * self.round_s()
-
-
-def _speed_of(line: RoundLine) -> float:
-    """Tokens per second of a worker over one of its rounds, waits included."""
-    passed_s = line.compute_s + line.wait_s + line.exchange_s + line.apply_s
-    return line.tokens / passed_s if passed_s > 0 else 0.0

@@ -16,6 +16,7 @@ from typing import Any
 TOPIC = "bulletin"
 SAMPLE_TOPIC = "sample"
 KEPT = 4  # rounds, evaluations and events
+MAX_REASONS, MAX_REASON = 48, 32  # why others are refused, and characters of one reason
 MAX_TEXT = 160  # characters of an event
 MAX_SAMPLE_TEXT = 600
 MAX_BULLETIN_BYTES = 8192
@@ -35,6 +36,12 @@ class RoundLine:
     included: bool  # whether this worker is one of them
     loss: float  # mean training loss of its inner steps, in nats per token
     tokens: int  # its own, in this round
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Its own tokens over the whole round, waits included."""
+        passed_s = self.compute_s + self.wait_s + self.exchange_s + self.apply_s
+        return self.tokens / passed_s if passed_s > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class Bulletin:
         self.evals: deque[EvalLine] = deque(maxlen=KEPT)
         self.events: deque[EventLine] = deque(maxlen=KEPT)
         self.contributions = 0  # rounds that this worker is in, since it was started
+        self.refused: Mapping[str, int] = {}  # how often it has refused others, by reason, since then
 
     def event(self, at: float, kind: str, text: str) -> None:
         """Note an event of that moment (Unix seconds)."""
@@ -89,6 +97,7 @@ class Bulletin:
             "rounds": [_rounded(line) for line in self.rounds],
             "evals": [_rounded(line) for line in self.evals],
             "events": [_rounded(line) for line in self.events],
+            "refused": _commonest(self.refused),
         }
         return json.dumps(entry, separators=(",", ":")).encode()
 
@@ -104,6 +113,7 @@ class BulletinView:
     rounds: tuple[RoundLine, ...]
     evals: tuple[EvalLine, ...]
     events: tuple[EventLine, ...]
+    refused: Mapping[str, int]
 
 
 def unpack_bulletin(blob: object) -> BulletinView | None:
@@ -118,8 +128,9 @@ def unpack_bulletin(blob: object) -> BulletinView | None:
             rounds=_lines(RoundLine, entry["rounds"]),
             evals=_lines(EvalLine, entry["evals"]),
             events=_lines(EventLine, entry["events"]),
+            refused=_counts(entry.get("refused", {})),
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 
@@ -150,6 +161,18 @@ def _rounded(line: Any) -> list[Any]:
 
 def _short(value: float) -> float | None:
     return round(value, 4) if math.isfinite(value) else None
+
+
+def _commonest(counts: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_REASONS])
+
+
+def _counts(values: Any) -> dict[str, int]:
+    if not isinstance(values, dict) or len(values) > MAX_REASONS:
+        raise ValueError
+    if any(len(reason) > MAX_REASON for reason in values):
+        raise ValueError
+    return {reason: _value(int, count) for reason, count in values.items()}
 
 
 def _lines(kind: Any, values: Any) -> tuple[Any, ...]:

@@ -105,7 +105,7 @@ class Reporter:
     def _note_refusals(self) -> None:
         counts = dict(self.exchange.refusals())
         if counts != self._refusals:
-            self._refusals = counts
+            self._refusals = self.bulletin.refused = counts
             self.metrics.write("refused", counts=counts)
 
     def snapshot(self) -> dict[str, Any]:
