@@ -81,6 +81,7 @@ class Heartbeats:
         if entry is not None:
             self.own_pass = entry.own_pass
             self.admissions = Admissions(node, prefix, entry.door, lambda: list(self._known))
+            entry.door.learn([(str(node.peer_id), entry.own_pass)])  # our own use of the token counts
         self.ttl_s, self._poll_s = ttl_s, poll_s
         self._record_s = min(MAX_LIFETIME_S, RECORD_LIFETIME * ttl_s)
         self._own_id = node.peer_id.to_bytes()

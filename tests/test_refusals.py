@@ -17,12 +17,13 @@ from dashboard_tools import Client, Stage
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import PeerID
 from hivemind.utils.timed_storage import ValueWithExpiration
-from test_door import ORGANIZER, RUN, door, passes, peer, records, revoked_token
+from test_door import ORGANIZER, RUN, door, passes, peer, records, revoked_token, shown, token
 
 from dtrain.dht import exchange as dht_exchange
 from dtrain.dht.door import Entry
 from dtrain.dht.exchange import DhtExchange, PeerSettings
 from dtrain.dht.heartbeats import Heartbeats
+from dtrain.dht.identity import Identity
 from dtrain.dht.records import SignedRecords
 from dtrain.dht.tokens import Revocations
 from dtrain.experiments.dashboard_app import create_app
@@ -40,12 +41,13 @@ OWN_REASONS = {
 class Member:
     """One member's side of the network, with the records of a DHT that took everything."""
 
-    def __init__(self) -> None:
-        self.validator, self.door = SignedRecords(peer()), door()
+    def __init__(self, who: Identity | None = None, own_pass: bytes = b"") -> None:
+        who = who or peer()
+        self.validator, self.door = SignedRecords(who), door()
         self.records: dict[bytes, ValueWithExpiration[bytes]] = {}
         protocol = SimpleNamespace(p2p=None, client_mode=False, record_validator=self.validator)
-        node: Any = SimpleNamespace(peer_id=PeerID(peer().peer_id_bytes), protocol=protocol, get=self.get)
-        self.heartbeats = Heartbeats(node, "run", ttl_s=30.0, poll_s=10.0, entry=Entry(self.door, b""))
+        node: Any = SimpleNamespace(peer_id=PeerID(who.peer_id_bytes), protocol=protocol, get=self.get)
+        self.heartbeats = Heartbeats(node, "run", ttl_s=30.0, poll_s=10.0, entry=Entry(self.door, own_pass))
 
     async def get(self, key: str, latest: bool) -> ValueWithExpiration[Any]:
         return ValueWithExpiration(dict(self.records), 0.0)
@@ -114,6 +116,14 @@ def test_each_forged_attempt_is_counted_up_to_the_dashboard(tmp_path: Path) -> N
     app = create_app(hub=stage.hub, access=Access(), run=None, results=None, machine=None)
     assert counted_by_prometheus(Client(app).get("/metrics").text) == expected
     stage.history.close()
+
+
+def test_a_member_counts_its_own_use_of_a_token() -> None:
+    """Of two that come by a token for one machine, the first refuses the second, though it has seen nobody use it."""
+    good, first, second = token(uses=1), peer(), peer()
+    member = Member(first, shown(good, first))
+    assert member.door.admit(second.peer_id, shown(good, second)) == "used-up"
+    assert Member(second).door.admit(second.peer_id, shown(good, second)) == ""
 
 
 def test_counts_outlive_a_network_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
