@@ -61,6 +61,11 @@ class RunTerms:
     def run_tag(self) -> bytes:
         return self.manifest_hash[:8]
 
+    @property
+    def longest_round_s(self) -> float:
+        """No round takes longer, with a try in vain and every time-out in it."""
+        return 2 * (self.matchmaking_s + self.round_timeout_s + self.sender_timeout_s)
+
 
 class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind ships no types
     """One worker's part in the exchange: finds each round's group, runs the round, serves the other members."""

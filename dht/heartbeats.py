@@ -20,6 +20,7 @@ from hivemind.utils import get_dht_time
 from dtrain.dht.admissions import Admissions
 from dtrain.dht.door import Entry
 from dtrain.dht.greetings import NOBODY, Greeting, Greetings, Leads, News
+from dtrain.dht.introductions import Introductions
 from dtrain.dht.reachability import CLIENT
 from dtrain.dht.records import MAX_LIFETIME_S, PASS_FIELD, pack_status, unpack_status
 from dtrain.dht.streams import in_background
@@ -84,7 +85,9 @@ class Heartbeats:
             entry.door.learn([(str(node.peer_id), entry.own_pass)])  # our own use of the token counts
         self.ttl_s, self._poll_s = ttl_s, poll_s
         self._record_s = min(MAX_LIFETIME_S, RECORD_LIFETIME * ttl_s)
-        self._own_id = node.peer_id.to_bytes()
+        self._own_id, self._name = node.peer_id.to_bytes(), str(node.peer_id)
+        p2p, greet = node.protocol.p2p, lambda peer: self._greetings.greet([peer])
+        self._introductions = Introductions(p2p, self._name, self._hears, greet)
         self._greetings = Greetings(
             node.protocol.p2p,
             prefix,
@@ -93,6 +96,8 @@ class Heartbeats:
             own_pass=self.own_pass,
             refusal=self._refusal,
             count=self.count,
+            crowd=self._crowd,
+            meet=self._introductions.meet,
         )
         self._at_the_door: dict[str, str] = {}  # who is not let in, and why; "" = not decided yet
         self._known: dict[str, PeerRecord] = {}
@@ -274,6 +279,17 @@ class Heartbeats:
     def _have(self, peer_id: str) -> float:
         known = self._known.get(peer_id)
         return known.said if known is not None and known.is_direct else 0.0
+
+    def _hears(self, peer_id: str) -> bool:
+        known = self._known.get(peer_id)
+        return known is not None and known.is_direct and known.expires > get_dht_time()
+
+    def _crowd(self) -> dict[str, str]:
+        """Addresses of those that we have heard ourselves and others can dial, us included, by peer id."""
+        heard = {r.peer_id: r.status for r in self.others() if r.is_direct and r.can_be_dialled}
+        crowd = {peer: status.get("address") for peer, status in heard.items()}
+        crowd[self._name] = self.status.get("address") if self.announced else ""
+        return {peer: address for peer, address in crowd.items() if isinstance(address, str) and address}
 
     async def changed(self, patience_s: float) -> None:
         """Wait for news of anybody since the last call, at most so long. Who cannot be dialled has to ask for it."""

@@ -37,6 +37,7 @@ from dtrain.dht.receipts import Receipts
 from dtrain.dht.streams import StreamError, in_background
 from dtrain.dht.transfer import StateTransfer
 from dtrain.dht.transport import Traffic, TransportError, patch_hivemind
+from dtrain.dht.watchdog import Stuck, within
 from dtrain.dht.worker_line import WorkerLine
 
 # The worker's commands, each a method of NetworkPeer.
@@ -243,7 +244,11 @@ class NetworkPeer:
         """Take part in a round; the reply's "verdict" is one of trainer/exchange.py's."""
         await self._opened.wait()  # after a restart the worker may ask before it has had us open the run
         contribution = Contribution(args["round"], args["base_digest"], args["payload"], args["weight"])
-        verdict = await self._rounds.run(contribution)
+        try:
+            verdict = await within(self._averager.terms.longest_round_s, self._rounds.run(contribution))
+        except Stuck:
+            self._worker.close()  # end, and be restarted: the worker asks again
+            raise
         return {**verdict, **self._averager.release_residual(all=False)}
 
     async def release_residual(self, args: Args) -> Args:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class WorkerProcess:
         if namespace:
             command = ["ip", "netns", "exec", namespace, *command]  # which becomes the command: one process
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "DTRAIN_RUNTIME_DIR": str(base / "runtime")}
+        variables["PYTHONFAULTHANDLER"] = "1"  # so that `Swarm.explain` learns where each thread stands
         variables.update(env or {})
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -86,8 +87,8 @@ class WorkerProcess:
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)
 
-    def tail(self) -> str:
-        return self.log.read_text(errors="replace")[-3000:]
+    def tail(self, num_characters: int = 3000) -> str:
+        return self.log.read_text(errors="replace")[-num_characters:]
 
 
 def eventually(look: Callable[[], Any], failure: str, deadline_s: float = DEADLINE_S) -> Any:
@@ -115,6 +116,20 @@ class Swarm:
         self.workers.append(worker)
         return worker
 
+    def explain(self) -> None:
+        """Print what each worker said, and where those that still run stand: what a failed test is understood by."""
+        for worker in self.workers:
+            if worker.process.poll() is None:
+                for process in [*worker.children(), psutil.Process(worker.process.pid)]:
+                    with suppress(psutil.NoSuchProcess):
+                        process.send_signal(signal.SIGCONT)
+                        process.send_signal(signal.SIGABRT)
+                with suppress(subprocess.TimeoutExpired):
+                    worker.process.wait(5.0)
+            print(f"---- {worker.name}\n{worker.tail(20_000)}")
+            for path in sorted(worker.folder.glob("*.log")):
+                print(f"---- {worker.name}/{path.name}\n{path.read_text(errors='replace')[-10_000:]}")
+
 
 @contextmanager
 def swarm(run_id: str, base: Path) -> Iterator[Swarm]:
@@ -122,6 +137,9 @@ def swarm(run_id: str, base: Path) -> Iterator[Swarm]:
     made = Swarm(run_id, base)
     try:
         yield made
+    except Exception:
+        made.explain()
+        raise
     finally:
         for worker in made.workers:
             if worker.process.poll() is None:

@@ -30,6 +30,7 @@ class Machine:
 
     def type(self, *arguments: str) -> subprocess.Popen[bytes]:
         env = {**os.environ, "DTRAIN_RUNTIME_DIR": str(self.base / "runtime"), "OMP_NUM_THREADS": "1"}
+        env["PYTHONFAULTHANDLER"] = "1"
         command = [sys.executable, "-m", "dtrain.trainer.cli", *arguments]
         # Files: who reads a pipe too late stops its writer.
         number = len(self.started)

@@ -21,6 +21,7 @@ from dtrain.dht import greetings, heartbeats
 from dtrain.dht.greetings import Greeting, Greetings, pack_greeting, unpack_greeting
 from dtrain.dht.heartbeats import Heartbeats
 from dtrain.dht.identity import Identity
+from dtrain.dht.introductions import MAX_CALLS
 from dtrain.dht.matchmaking import LeaderBoard
 
 TTL_S, POLL_S = 30.0, 10.0
@@ -115,6 +116,55 @@ def test_a_status_travels_once(network: Network) -> None:
         [(_, _, size)] = network.sent
         assert size < 50
         assert seen(b)[name(a)]["name"] == "x" * 150
+
+    play(scenario)
+
+
+def at(peer: Heartbeats) -> dict[str, Any]:
+    return {**STATUS, "address": f"/ip4/10.0.0.1/tcp/31000/p2p/{name(peer)}"}
+
+
+def test_peers_that_missed_each_other_are_introduced(network: Network) -> None:
+    """Two that know a third, and of whose records in the DHT each sees only its own, soon know each other."""
+
+    async def scenario() -> None:
+        a, *late = peers = [network.peer() for _ in range(8)]
+        await a.announce(at(a))
+        for peer in late:
+            await peer.announce(at(peer))
+            network.records = {a._own_id: network.records[a._own_id]}  # the others' records are lost
+            await peer.refresh()
+        for _ in range(20):  # heartbeats
+            for peer in peers:
+                await peer.announce(at(peer))
+            await asyncio.sleep(0)
+        for peer in peers:
+            assert set(seen(peer)) == {name(other) for other in peers} - {name(peer)}
+        network.sent.clear()
+        await a.announce(at(a))
+        assert max(size for _, _, size in network.sent) < 60  # all know the same: nothing more to say
+
+    play(scenario)
+
+
+def test_who_is_introduced_under_anothers_name_is_not_believed(network: Network) -> None:
+    """A wrong address costs a call in vain, and not more than a few at a time."""
+
+    async def scenario() -> None:
+        a, calls = network.peer(), []
+
+        async def greet(peers: list[str]) -> None:
+            calls.append(peers)
+
+        a._greetings.greet = greet  # type: ignore[method-assign, assignment]
+        nobody = [PeerID(Identity(Path(), Ed25519PrivateKey.generate()).peer_id_bytes) for _ in range(50)]
+        for peer in nobody:
+            a._introductions.meet(f"/ip4/10.0.0.1/tcp/1/p2p/{peer}")
+            a._introductions.meet(f"/ip4/10.0.0.1/tcp/2/p2p/{peer}")
+        a._introductions.meet("no address")
+        await asyncio.sleep(0.05)
+        assert len(calls) == MAX_CALLS
+        assert a.others() == []
 
     play(scenario)
 

@@ -137,7 +137,7 @@ def test_who_missed_a_round_is_in_again_soon(tmp_path: Path) -> None:
     """A worker that was away while the others completed rounds misses the one under way, and that one alone: with
     overlap it does not go on one round behind for ever."""
     changes = {
-        "exchange__matchmaking_s": 0.5,
+        "exchange__matchmaking_s": 2.0,
         "train__inner_steps": 16,
     }  # long rounds: it has the time to come in
     manifest = quick_manifest(exchange__overlap="eager", exchange__start_workers=3, **changes)

@@ -1,0 +1,62 @@
+"""What is stuck is ended, with a word on where it stood, even if it does not let itself be cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from dtrain.dht.watchdog import Stuck, within
+
+
+def test_what_ends_in_time_is_handed_on() -> None:
+    async def quick() -> int:
+        await asyncio.sleep(0)
+        return 5
+
+    async def fails() -> int:
+        raise ValueError("its own")
+
+    assert asyncio.run(within(5.0, quick())) == 5
+    with pytest.raises(ValueError, match="its own"):
+        asyncio.run(within(5.0, fails()))
+
+
+def test_what_is_stuck_is_told_apart_and_its_place_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def stuck_in_a_lock(lock: asyncio.Lock) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:  # which a cancellation only brings to the next wait
+            await asyncio.wait_for(lock.acquire(), 1.0)
+
+    async def run() -> float:
+        lock = asyncio.Lock()
+        await lock.acquire()
+        began = time.monotonic()
+        with pytest.raises(Stuck, match="not over"):
+            await within(0.05, stuck_in_a_lock(lock))
+        return time.monotonic() - began
+
+    assert asyncio.run(run()) < 0.9  # the work itself ends a second later
+    assert "stuck_in_a_lock" in caplog.text
+
+
+def test_who_waits_no_more_takes_the_work_along() -> None:
+    async def run() -> bool:
+        ended = asyncio.Event()
+
+        async def work() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+        waiting = asyncio.create_task(within(5.0, work()))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        await asyncio.wait_for(ended.wait(), 1.0)
+        return waiting.cancelled()
+
+    assert asyncio.run(run())
