@@ -86,8 +86,7 @@ class Heartbeats:
         self.ttl_s, self._poll_s = ttl_s, poll_s
         self._record_s = min(MAX_LIFETIME_S, RECORD_LIFETIME * ttl_s)
         self._own_id, self._name = node.peer_id.to_bytes(), str(node.peer_id)
-        p2p, greet = node.protocol.p2p, lambda peer: self._greetings.greet([peer])
-        self._introductions = Introductions(p2p, self._name, self._hears, greet)
+        self._introductions = Introductions(node.protocol.p2p, self._name, self._hears, self._greet)
         self._greetings = Greetings(
             node.protocol.p2p,
             prefix,
@@ -279,6 +278,9 @@ class Heartbeats:
     def _have(self, peer_id: str) -> float:
         known = self._known.get(peer_id)
         return known.said if known is not None and known.is_direct else 0.0
+
+    async def _greet(self, peer_id: str) -> None:
+        await self._greetings.greet([peer_id])
 
     def _hears(self, peer_id: str) -> bool:
         known = self._known.get(peer_id)
