@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import base58
@@ -19,48 +18,17 @@ from hivemind.utils import get_dht_time
 
 from dtrain.dht.admissions import Admissions
 from dtrain.dht.door import Entry
-from dtrain.dht.greetings import NOBODY, Greeting, Greetings, Leads, News
+from dtrain.dht.greetings import NOBODY, Greeting, Greetings, News
 from dtrain.dht.introductions import Introductions
+from dtrain.dht.peer_record import ABSENT, PeerRecord
 from dtrain.dht.reachability import CLIENT
 from dtrain.dht.records import MAX_LIFETIME_S, PASS_FIELD, pack_status, unpack_status
 from dtrain.dht.streams import in_background
-
-# States in which a worker takes part in no round; see `dtrain.trainer.exchange.ABSENT`.
-ABSENT = ("joining", "paused", "finished", "leaving", "stopped")
 
 MAX_PEERS = 4096
 # In heartbeat lifetimes: how long the DHT holds a record, and how often it is stored anew.
 RECORD_LIFETIME, RECORD_PERIOD = 6.0, 2.0
 SAME_S = 0.001  # a record's time is rounded when its expiry is computed
-
-
-@dataclass(frozen=True)
-class PeerRecord:
-    """What another worker last said of itself. Times are DHT times; `heard` and `expires` are by our clock."""
-
-    peer_id: str
-    status: Mapping[str, Any]
-    said: float
-    heard: float
-    expires: float
-    is_direct: bool = False  # it told us itself
-    leads: Leads = NOBODY
-
-    @property
-    def is_active(self) -> bool:
-        """Whether this peer takes part in rounds, so that the others wait for it."""
-        return self.status["state"] not in ABSENT
-
-    @property
-    def can_be_dialled(self) -> bool:
-        """Whether this peer can be asked for anything; one that nobody can dial only asks others."""
-        return self.status.get("reach") != CLIENT
-
-    @property
-    def work(self) -> float:
-        """Tokens in the history of this peer's theta; of two histories the one with more work is the run's."""
-        work = self.status.get("work", 0)
-        return float(work) if isinstance(work, (int, float)) else 0.0
 
 
 class Heartbeats:

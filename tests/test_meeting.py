@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from hivemind.utils import get_dht_time
 
-from dtrain.dht.heartbeats import PeerRecord
 from dtrain.dht.history import RoundRecord
 from dtrain.dht.matchmaking import RoundMatchmaking
 from dtrain.dht.meeting import NO_LEADER, NOBODY, Rounds
 from dtrain.dht.membership import Contribution
 from dtrain.dht.outcome import PeerView
+from dtrain.dht.peer_record import PeerRecord
 from dtrain.trainer.exchange import can_give
 
 CONTRIBUTION = Contribution(3, bytes(32), b"payload", 10.0)

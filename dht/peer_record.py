@@ -1,0 +1,42 @@
+"""What a peer knows of another worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dtrain.dht.greetings import NOBODY, Leads
+from dtrain.dht.reachability import CLIENT
+
+# States in which a worker takes part in no round; see `dtrain.trainer.exchange.ABSENT`.
+ABSENT = ("joining", "paused", "finished", "leaving", "stopped")
+
+
+@dataclass(frozen=True)
+class PeerRecord:
+    """What another worker last said of itself. Times are DHT times; `heard` and `expires` are by our clock."""
+
+    peer_id: str
+    status: Mapping[str, Any]
+    said: float
+    heard: float
+    expires: float
+    is_direct: bool = False  # it told us itself
+    leads: Leads = NOBODY
+
+    @property
+    def is_active(self) -> bool:
+        """Whether this peer takes part in rounds, so that the others wait for it."""
+        return self.status["state"] not in ABSENT
+
+    @property
+    def can_be_dialled(self) -> bool:
+        """Whether this peer can be asked for anything; one that nobody can dial only asks others."""
+        return self.status.get("reach") != CLIENT
+
+    @property
+    def work(self) -> float:
+        """Tokens in the history of this peer's theta; of two histories the one with more work is the run's."""
+        work = self.status.get("work", 0)
+        return float(work) if isinstance(work, (int, float)) else 0.0
