@@ -14,7 +14,7 @@ TEST_ARGS ?=
 TEST_JOBS ?= 2
 PACKAGES := trainer compression dht experiments
 
-.PHONY: checkpoint-torture lab pictures browser-test dashboard-load setup demo test check chaos chaos-20 fuzz soak join-test nat-test proto evidence clean
+.PHONY: checkpoint-torture fuzz-atheris lab pictures browser-test dashboard-load setup demo test check chaos chaos-20 fuzz soak join-test nat-test proto evidence clean
 
 setup: $(STAMP)
 
@@ -63,6 +63,18 @@ chaos-20: setup
 # 40,000 spoiled payloads and aggregates into every reader of the codec, a few minutes.
 fuzz: setup
 	$(BIN)/pytest tests/test_fuzz.py -m slow $(TEST_ARGS)
+
+# Each parser of what others send, guided by coverage (atheris): FUZZ_MINUTES each, an hour in all. What is found is kept
+# in .fuzz/ and gone on from. Linux: atheris has no build for every Python and machine.
+FUZZ_MINUTES ?= 10
+FUZZ_PARSERS ?= payload manifest invite record state control
+fuzz-atheris: setup
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary atheris -c constraints.txt -e '.[dev,fuzz]' || \
+	  { echo "make fuzz-atheris: atheris has no build for this Python and machine; make fuzz and the default suite do without it" >&2; exit 2; }
+	for parser in $(FUZZ_PARSERS); do \
+	  echo "==> $$parser, $(FUZZ_MINUTES) minutes"; \
+	  $(BIN)/python scripts/fuzz_atheris.py $$parser --minutes $(FUZZ_MINUTES) || exit 1; \
+	done
 
 # Checkpointing killed at 200 random instants, and on a full disk (as root), about a minute.
 checkpoint-torture: setup
@@ -129,4 +141,4 @@ evidence: setup
 	done
 
 clean:
-	rm -rf $(VENV) .hypothesis .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .fuzz .hypothesis .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -17,6 +17,7 @@ GPT_KIND = "gpt"
 MODEL_KINDS = (GPT_KIND, "transformers", "factory")
 METHODS = ("full", "lora", "qlora")
 OVERLAPS = ("none", "eager")
+MAX_WHOLE = 2**53  # what every reader of JSON holds exactly
 PLAIN = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 FLAGS = {
     "model.preset": "--preset",
@@ -43,7 +44,7 @@ def label(key: str) -> str:
 def require(condition: bool, key: str, rule: str, value: object) -> None:
     """Raise UsageError "<key> must <rule>, not <value>" unless `condition` holds."""
     if not condition:
-        raise UsageError(f"{label(key)} must {rule}, not {value!r}")
+        raise UsageError(f"{label(key)} must {rule}, not {value!r:.200}")
 
 
 def added(default: Any) -> Any:
@@ -59,11 +60,13 @@ def settle_types(section: Any, prefix: str) -> None:
         value, wanted, key = getattr(section, entry.name), hints[entry.name], f"{prefix}.{entry.name}"
         if wanted not in PLAIN:
             continue
+        if isinstance(value, int):  # a hostile manifest may hold any
+            require(abs(value) <= MAX_WHOLE, key, "be at most 2^53", value)
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
             object.__setattr__(section, entry.name, value)
         if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-            raise UsageError(f"{label(key)} must be {PLAIN[wanted]}, not {value!r}")
+            raise UsageError(f"{label(key)} must be {PLAIN[wanted]}, not {value!r:.200}")
         if wanted is float:
             require(math.isfinite(value), key, "be finite", value)
 

@@ -27,7 +27,7 @@ SERVICE = control_pb2.DESCRIPTOR.services_by_name["Control"].full_name
 HOST = "127.0.0.1"
 MAX_CALLS = 16  # at once; watchers hold one each
 DEFAULT_PER_S = 2.0
-MAX_PER_S = 20.0
+MIN_PER_S, MAX_PER_S = 0.02, 20.0
 LOOK_PERIOD_S = 1.0  # a watcher that has gone is noticed within this time
 
 Context = Any  # grpc.ServicerContext; grpc ships no types
@@ -123,7 +123,7 @@ class ControlServer:
         )
 
     def _watch(self, request: control_pb2.WatchRequest, context: Context) -> Iterator[control_pb2.Status]:
-        pause_s = 1.0 / min(MAX_PER_S, request.per_s if request.per_s > 0 else DEFAULT_PER_S)
+        pause_s = watch_pause_s(request.per_s)
         last, seen = None, 0
         while context.is_active() and not self._closing:
             status = self._status()
@@ -149,6 +149,11 @@ class ControlServer:
             for number, moment, text in self._voice.follow(last, LOOK_PERIOD_S):
                 yield control_pb2.LogLine(time=moment, text=text)
                 last = number
+
+
+def watch_pause_s(per_s: float) -> float:
+    """Seconds between two looks for a watcher that wants `per_s` a second; 0 = as usual."""
+    return 1.0 / max(MIN_PER_S, min(MAX_PER_S, per_s if per_s > 0 else DEFAULT_PER_S))
 
 
 def _to_bytes(message: Any) -> bytes:

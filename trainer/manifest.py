@@ -133,7 +133,8 @@ class Manifest:
         for key in [*known, *_dotted_keys()]:
             name, _, inner = key.partition(".")
             section, added = values.get(name), _added(SECTIONS.get(name))
-            if inner in added or (name not in values and added.keys() == _keys(name)):
+            may_lack = name in SECTIONS and added.keys() == _keys(name)  # a section that was added whole
+            if inner in added or (name not in values and may_lack):
                 continue
             if name not in values or (inner and isinstance(section, Mapping) and inner not in section):
                 raise UsageError(f"the manifest lacks {key}: get it again from the run's organizer")
