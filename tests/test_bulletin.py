@@ -79,6 +79,11 @@ GOOD: dict[str, Any] = json.loads(full().pack(1e9, (5, 7)))
         {"evals": [[1, -1.0]]},
         {"events": [[1.0, "problem", "x" * 5000]]},
         {"events": None},
+        {"since": 10**400},
+        {"refused": {"x" * 100: 1}},
+        {"refused": {"no-token": -1}},
+        {"refused": {str(i): 1 for i in range(100)}},
+        {"refused": [1]},
     ],
 )
 def test_what_does_not_fit_is_no_bulletin(changes: dict[str, Any]) -> None:
