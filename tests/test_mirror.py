@@ -59,3 +59,17 @@ def test_a_url_that_cannot_be_is_refused_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot write checkpoints to"):
         Mirror(str(tmp_path / "file"), 3, print)
+
+
+def test_a_login_in_the_url_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the error's line nor in what a worker says of its copies; the library gets it whole."""
+    asked: list[str] = []
+
+    def refuse(url: str) -> None:
+        asked.append(url)
+        raise OSError(f"403 Forbidden: {url}")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", refuse)
+    with pytest.raises(UsageError, match=r"s3://\*\*\*@bucket/run") as error:
+        Mirror("s3://ada:secret@bucket/run/", 3, print)
+    assert "secret" not in str(error.value) and asked == ["s3://ada:secret@bucket/run"]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from dtrain.trainer.config import added, require, settle_types
 from dtrain.trainer.errors import UsageError
+from dtrain.trainer.text import without_login
 
 DATA_SOURCES = ("stdlib", "file", "files", "hub")
 STREAMED = ("files", "hub")
@@ -45,6 +46,7 @@ class PartConfig:
         require(self.source in STREAMED, "data.mix.source", f"be one of {', '.join(STREAMED)}", self.source)
         require(bool(self.name), "data.mix.name", "name files or a data set", self.name)
         require(self.weight > 0, "data.mix.weight", "be above 0", self.weight)
+        _refuse_login("data.mix.name", self.name)
         check_sha256("data.mix.sha256", self.sha256, needed=self.source == "files" and "://" not in self.name)
 
 
@@ -98,6 +100,7 @@ class DataConfig:
             object.__setattr__(self, "lanes", DEFAULT_LANES)
         require(0 <= self.lanes <= MAX_LANES, "data.lanes", f"be between 0 and {MAX_LANES}", self.lanes)
         require(bool(self.tokenizer), "data.tokenizer", "name a tokenizer, or be bytes", self.tokenizer)
+        _refuse_login("data.tokenizer", self.tokenizer)
         rule = "be the tokenizer's fingerprint, 64 lower-case hex digits (dtrain tokenizer show prints it)"
         is_bytes = self.tokenizer == BYTES
         fits = not self.tokenizer_sha256 if is_bytes else _is_sha256(self.tokenizer_sha256)
@@ -111,6 +114,7 @@ class DataConfig:
         if self.source in STREAMED:
             require(bool(self.name), "data.name", "name files or a data set", self.name)
         needed = self.source == "file" or (self.source == "files" and "://" not in self.name)
+        _refuse_login("data.name", self.name)
         check_sha256("data.sha256", self.sha256, needed=needed)
 
     @property
@@ -138,6 +142,12 @@ class DataConfig:
 def check_sha256(key: str, value: str, *, needed: bool) -> None:
     """Refuse what is no SHA-256; "" will do where none is needed."""
     require(_is_sha256(value) or not (needed or value), key, "be 64 lower-case hex digits", value)
+
+
+def _refuse_login(key: str, url: str) -> None:
+    shown = without_login(url)
+    rule = "have no user name or password in its URL, as everybody in the run reads it"
+    require(shown == url, key, rule, shown)
 
 
 def _is_sha256(text: str) -> bool:

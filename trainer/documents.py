@@ -10,6 +10,7 @@ from typing import Any
 
 from dtrain.trainer.errors import UsageError
 from dtrain.trainer.sources import ARROW, JSONL, PARQUET, TEXT, Piece, SourceFile, one_line
+from dtrain.trainer.text import without_login
 from dtrain.trainer.tokenizer import NEEDS_HF
 
 HTTP_TIMEOUT_S = 60.0
@@ -36,10 +37,12 @@ def check_column(file: SourceFile, column: str) -> None:
     except UsageError:
         raise
     except (OSError, ValueError, LookupError) as error:  # pyarrow's and json's are ValueErrors
-        raise UsageError(f"the data {file.url} cannot be read as {file.format}: {one_line(error)}") from None
+        raise UsageError(
+            f"the data {without_login(file.url)} cannot be read as {file.format}: {one_line(error)}"
+        ) from None
     if names is not None and column not in names:
         raise UsageError(
-            f"the data {file.url} has no column {column!r}: set data.column to one of {', '.join(names)}"
+            f"the data {without_login(file.url)} has no column {column!r}: set data.column to one of {', '.join(names)}"
         )
 
 
@@ -66,7 +69,7 @@ def opened(file: SourceFile, block_bytes: int = 1 << 20) -> Iterator[Any]:
     try:
         import fsspec
     except ImportError as error:
-        raise UsageError(f"the data {file.url} needs fsspec ({error}): {NEEDS_HF}") from None
+        raise UsageError(f"the data {without_login(file.url)} needs fsspec ({error}): {NEEDS_HF}") from None
     options: dict[str, Any] = {}
     if file.url.startswith(("http://", "https://")):
         import aiohttp

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.trainer.errors import UsageError
+from dtrain.trainer.text import without_login
 from dtrain.trainer.tokenizer import NEEDS_HF
 
 PIECE_BYTES = 1 << 20
@@ -24,18 +25,18 @@ class Mirror:
 
     def __init__(self, url: str, keep: int, say: Callable[[str], None]) -> None:
         """UsageError if the URL cannot be written to."""
-        self.url, self._keep, self._say = url.rstrip("/"), keep, say
+        self.url, self._keep, self._say = without_login(url.rstrip("/")), keep, say
         try:
             import fsspec
         except ImportError as error:
             raise UsageError(f"--checkpoint-to needs fsspec ({error}): {NEEDS_HF}") from None
         try:
-            self._system, self._folder = fsspec.core.url_to_fs(self.url)
+            self._system, self._folder = fsspec.core.url_to_fs(url.rstrip("/"))
             self._system.makedirs(self._folder, exist_ok=True)
             self._names()
         except Exception as error:  # every protocol has its own
             raise UsageError(
-                f"cannot write checkpoints to {url} (--checkpoint-to): {_one_line(error)}"
+                f"cannot write checkpoints to {self.url} (--checkpoint-to): {_one_line(error)}"
             ) from None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mirror")
         self._lock = threading.Lock()
@@ -103,4 +104,4 @@ def _sha256(stream: Any) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return without_login(" ".join(str(error).split()))[:200] or type(error).__name__

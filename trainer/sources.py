@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from dtrain.trainer.config_data import PartConfig
 from dtrain.trainer.errors import UsageError
+from dtrain.trainer.text import without_login
 from dtrain.trainer.tokenizer import NEEDS_HF
 
 TEXT, JSONL, PARQUET, ARROW = "text", "jsonl", "parquet", "arrow"
@@ -178,4 +179,4 @@ def _on_hub(part: PartConfig) -> list[SourceFile]:
 
 def one_line(error: BaseException) -> str:
     """An error's text in one line of bearable length."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return without_login(" ".join(str(error).split()))[:300] or type(error).__name__

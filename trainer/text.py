@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 MAX_LINE = 200
@@ -20,6 +21,11 @@ def clean_line(text: object, limit: int = MAX_LINE) -> str:
 def clean_block(text: object, limit: int = MAX_SAMPLE) -> str:
     """The same with line breaks and tabs kept."""
     return _visible(text, limit, KEPT_CONTROLS)
+
+
+def without_login(url: str) -> str:
+    """A URL as it may be shown: a user name and password in it become "***"."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "***@", url)
 
 
 def _visible(text: object, limit: int, kept: frozenset[str]) -> str:
