@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import select
 import signal
 import subprocess
+import threading
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from test_worker import quick_manifest, swarm_of
 
+from dtrain.trainer.bulletin import unpack_bulletin
 from dtrain.trainer.checkpoint import Checkpoint, CheckpointStore
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.outer import OuterState
@@ -82,11 +87,12 @@ def test_200_kills_lose_nothing_that_was_safe(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of 1 MiB, or as many as the test asks for."""
     place = tmp_path / "disk"
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    size = f"size={getattr(request, 'param', 1)}m"
+    mount = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(place)]
     if os.name != "posix" or os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs to mount a tmpfs: Linux, as root")
     try:
@@ -112,3 +118,59 @@ def test_a_full_disk_leaves_the_last_checkpoint_as_it_was(small_disk: Path) -> N
     store.save(at_round(3, 100_000))
     newest = store.newest()
     assert newest is not None and newest.round == 3
+
+
+def fill(disk: Path) -> Path:
+    """Leave not a byte on it."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 12, 1):
+            try:
+                while file.write(bytes(size)) == size:
+                    pass
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+    return filler
+
+
+@pytest.mark.parametrize("small_disk", [16], indirect=True)
+def test_on_a_full_disk_the_training_goes_on_with_an_alarm(small_disk: Path) -> None:
+    """A worker whose disk is full trains on in every round; its user reads why, those who watch the run see that it is
+    so, and the checkpoint from before still loads. When there is room again the next one is there.
+    """
+    manifest, lines, notes = quick_manifest(), list[str](), list[bytes]()
+    with swarm_of(manifest, small_disk) as threads:
+        filled, freed = threading.Event(), threading.Event()
+        worker = threads.prepare("a", max_rounds=12, checkpoint_every=1, keep_checkpoints=1)
+        exchange, store = worker.exchange, CheckpointStore(small_disk / "a" / "checkpoints", keep=1)
+        run_round, post = exchange.run_round, exchange.post
+
+        def run_and_fill(**contribution: Any) -> Any:
+            if contribution["round"] == 3:
+                fill(small_disk)
+                filled.set()
+            if contribution["round"] == 9:
+                newest = store.newest()
+                assert newest is not None and newest.round == 3
+                (small_disk / "filler").unlink()
+                freed.set()
+            return run_round(**contribution)
+
+        def keep(topic: str, note: bytes) -> None:
+            notes.append(note)
+            post(topic, note)
+
+        exchange.run_round, exchange.post = run_and_fill, keep  # type: ignore[method-assign]
+        worker.report.say = lines.append
+        threads.begin("a")
+        threads.join()
+        assert filled.is_set() and freed.is_set()
+        newest = store.newest()
+        assert newest is not None and newest.round == 12
+        alarms = [line for line in lines if "No space left" in line]
+        assert len(alarms) == 6 and all("training goes on" in line for line in alarms)
+        told = [event for note in notes if (view := unpack_bulletin(note)) for event in view.events]
+        assert {event.text for event in told} == {
+            "training goes on without a new checkpoint, the one before is intact"
+        }
+        assert [event["round"] for event in threads.events("a", "round")][-3:] == [10, 11, 12]

@@ -53,6 +53,12 @@ class Threads:
         self.failures: list[BaseException] = []
 
     def start(self, name: str, journal: Journal | None = None, **settings: Any) -> Worker:
+        worker = self.prepare(name, journal, **settings)
+        self.begin(name)
+        return worker
+
+    def prepare(self, name: str, journal: Journal | None = None, **settings: Any) -> Worker:
+        """A worker that does not train yet."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         machine = MachineSettings(
@@ -68,9 +74,11 @@ class Threads:
             journal=journal,
         )
         self.workers[name] = worker
-        self.threads.append(threading.Thread(target=self._run, args=(worker,), name=name))
-        self.threads[-1].start()
         return worker
+
+    def begin(self, name: str) -> None:
+        self.threads.append(threading.Thread(target=self._run, args=(self.workers[name],), name=name))
+        self.threads[-1].start()
 
     def _run(self, worker: Worker) -> None:
         try:

@@ -86,7 +86,9 @@ class Keeper:
         try:
             path = self._store.save(self._outer.checkpoint(tensors, extra))
         except RunError as error:  # a full disk must not end the training
-            self._report.say(f"{error}; training goes on, the previous checkpoint is intact")
+            self._report.alarm(
+                "training goes on without a new checkpoint, the one before is intact", str(error)
+            )
         else:
             self._books.note("saved")
             self._exchange.residual_saved(self._num_handed)

@@ -21,14 +21,15 @@ class Metrics(Protocol):
 
 
 class MetricsLog:
-    """Appends events to a file. May be used from several threads."""
+    """Appends events to a file. May be used from several threads. A full disk costs events, not the training."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
+        self._is_torn = False  # the file ends within a line
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "ab+")  # noqa: SIM115 (closed by close)
+            self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 (closed by close)
         except OSError as error:
             raise UsageError(
                 f"cannot write {path}: {error.strerror}; type --folder with a folder you own"
@@ -41,8 +42,14 @@ class MetricsLog:
         line = json.dumps({key: _plain(value) for key, value in entry.items()}, allow_nan=False)
         with self._lock:
             if not self._file.closed:
-                self._file.write(line.encode() + b"\n")
-                self._file.flush()
+                self._append(line.encode() + b"\n")
+
+    def _append(self, line: bytes) -> None:
+        whole = b"\n" + line if self._is_torn else line
+        try:
+            self._is_torn = self._file.write(whole) != len(whole)
+        except OSError:
+            return  # nothing of it is there
 
     def close(self) -> None:
         """Close the file; later writes are dropped."""
@@ -61,8 +68,7 @@ class MetricsLog:
         """A killed worker may have left half a line: the next event must not be glued to it."""
         if self._file.tell() > 0:
             self._file.seek(-1, 2)
-            if self._file.read(1) != b"\n":
-                self._file.write(b"\n")
+            self._is_torn = self._file.read(1) != b"\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -147,6 +147,13 @@ class Reporter:
         self._post()
         self.say(f"Back with the others: {reason}.")
 
+    def alarm(self, what: str, detail: str) -> None:
+        """Something that the user must see to; others are told what, and only the user the detail, such as a path."""
+        self.metrics.write("alarm", round=self.outer.round, what=what, detail=detail)
+        self.bulletin.event(self.clock.time(), "problem", what)
+        self._post()
+        self.say(f"{detail}; {what}.")
+
     def begin_round(self, number: int) -> Pace:
         """A round's inner steps begin."""
         self._pace = Pace(number, self.clock.monotonic(), clock=self.clock)
