@@ -208,13 +208,20 @@ def test_bad_use_is_one_line(flags: list[str], word: str, capfd: pytest.CaptureF
 
 
 @pytest.fixture
-def temp_folder() -> Iterator[Path]:
-    """The temp folder of one demo. Short, as the paths of sockets may have 107 characters at most."""
-    path = Path(tempfile.mkdtemp(prefix="d"))
-    yield path
-    for process in processes_of(path):
-        process.kill()
-    shutil.rmtree(path, ignore_errors=True)
+def temp_folders() -> Iterator[list[Path]]:
+    """The temp folders of three demos. Short, as the paths of sockets may have 107 characters at most."""
+    paths = [Path(tempfile.mkdtemp(prefix="d")) for _ in range(3)]
+    yield paths
+    for path in paths:
+        for process in processes_of(path):
+            process.kill()
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def temp_folder(temp_folders: list[Path]) -> Path:
+    """The temp folder of one demo."""
+    return temp_folders[0]
 
 
 def processes_of(temp: Path) -> list[psutil.Process]:
@@ -298,20 +305,25 @@ def check_workers(figures: dict[str, Any]) -> None:
         assert worker["bytes_up"] > 0 and worker["bytes_down"] > 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_demo_leaves_nothing(number: signal.Signals, temp_folder: Path) -> None:
+def test_a_stopped_demo_leaves_nothing(temp_folders: list[Path]) -> None:
     """However the demo ends, its workers and their network processes end too."""
-    if number == signal.SIGKILL and sys.platform != "linux":
-        pytest.skip("only Linux tells a child that its parent was killed")
-    demo = start_demo(temp_folder)
-    daemon = "p2pd"
-    eventually(lambda: any(p.name() == daemon for p in processes_of(temp_folder)), "no worker came up")
-    demo.send_signal(number)
-    demo.communicate(timeout=60)
-    assert demo.returncode == (-number if number == signal.SIGKILL else 130)
-    eventually(lambda: not processes_of(temp_folder), "a process is left", 20.0)
-    if number != signal.SIGKILL:
-        assert not files_of(temp_folder)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform == "linux":  # only there a child is told that its parent was killed
+        numbers.append(signal.SIGKILL)
+    demos = [
+        start_demo(folder) for folder, _ in zip(temp_folders, numbers)
+    ]  # all at once: to come up takes long
+    for number, demo, folder in zip(numbers, demos, temp_folders):
+        daemon = eventually(
+            lambda at=folder: [p for p in processes_of(at) if p.name() == "p2pd"], "no worker came up"
+        )
+        assert len(daemon) == 1
+        demo.send_signal(number)
+        demo.communicate(timeout=60)
+        assert demo.returncode == (-number if number == signal.SIGKILL else 130)
+        eventually(lambda at=folder: not processes_of(at), "a process is left", 20.0)
+        if number != signal.SIGKILL:
+            assert not files_of(folder)
 
 
 def test_a_worker_that_fails_ends_the_demo(temp_folder: Path) -> None:

@@ -24,8 +24,18 @@ from dtrain.trainer.models_hf import CausalLM, config_text, num_trained, shape_o
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 CPU = torch.device("cpu")
-QUICK = ("--start-workers", "3", "--inner-steps", "3", "--batch-size", "4", "--rounds", "3", "--lr", "0.003")
-QUICK = (*QUICK, "--checkpoint-every", "1")
+QUICK = (
+    "--inner-steps",
+    "3",
+    "--batch-size",
+    "4",
+    "--rounds",
+    "3",
+    "--lr",
+    "0.003",
+    "--checkpoint-every",
+    "1",
+)
 
 
 def hf_manifest(
@@ -160,27 +170,15 @@ def test_a_factory_makes_the_model_if_the_user_trusts_it(tmp_path: Path) -> None
 
 @pytest.mark.xdist_group("processes")
 def test_from_swarm_to_transformers_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Three processes train a Llama from its config; exported, the library alone computes the same; then three others
+    """Two processes train a Llama from its config; exported, the library alone computes the same; then three others
     train adapters on that, and send kilobytes."""
-    quick = (
-        "--start-workers",
-        "3",
-        "--inner-steps",
-        "3",
-        "--batch-size",
-        "4",
-        "--rounds",
-        "3",
-        "--lr",
-        "0.003",
-    )
-    flags = ("--model", str(config_file(tmp_path)), *quick, "--checkpoint-every", "1", "--eval-every", "3")
+    flags = ("--model", str(config_file(tmp_path)), *QUICK, "--start-workers", "2", "--eval-every", "3")
     with swarm("whole", tmp_path) as workers:
-        for name in ("a", "b", "c"):
+        for name in ("a", "b"):
             workers.start(name, *flags)
-        assert [worker.wait() for worker in workers.workers] == [0, 0, 0]
+        assert [worker.wait() for worker in workers.workers] == [0, 0]
         digests = [worker.digests() for worker in workers.workers]
-        assert digests[0].keys() == {1, 2, 3} and digests[0] == digests[1] == digests[2]
+        assert digests[0].keys() == {1, 2, 3} and digests[0] == digests[1]
     folder, out = str(tmp_path / "a"), tmp_path / "out"
     assert main(["export", "--folder", folder, "--format", "hf", "--out", str(out)]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
@@ -198,17 +196,7 @@ def test_from_swarm_to_transformers_and_back(tmp_path: Path, capsys: pytest.Capt
     assert '"bits_per_byte"' in capsys.readouterr().out
 
     base = {name: tensor.clone() for name, tensor in load_file(out / "model.safetensors").items()}
-    adapters = (
-        "--model",
-        str(out),
-        "--method",
-        "lora",
-        "--lora-rank",
-        "4",
-        *quick,
-        "--checkpoint-every",
-        "1",
-    )
+    adapters = ("--model", str(out), "--method", "lora", "--lora-rank", "4", *QUICK, "--start-workers", "3")
     (tmp_path / "lora").mkdir()
     with swarm("adapters", tmp_path / "lora") as workers:
         for name in ("a", "b", "c"):

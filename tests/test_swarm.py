@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -111,21 +112,28 @@ def countersigners(worker: WorkerProcess) -> set[str]:
     return {receipt.signer for receipt in purse.receipts}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left_of_a_worker(number: signal.Signals, tmp_path: Path) -> None:
+def test_nothing_is_left_of_a_worker(tmp_path: Path) -> None:
     """However a worker ends, its children, sockets and temp folder are gone within 5 s, and its run's file too."""
-    with swarm("gone", tmp_path) as run:
-        worker = run.start("a", *SMALL)
-        worker.wait_for_round(1)
-        assert len(worker.children()) == 2  # the network process and its daemon
-        worker.process.send_signal(number)
-        worker.wait()
-        eventually(lambda: not our_processes(tmp_path), "a process is left", 5.0)
-        eventually(lambda: not leftovers({worker.process.pid}), "a socket or folder is left", 5.0)
-        assert not list((tmp_path / "runtime").glob("*.json"))
-        if number != signal.SIGKILL:
-            assert worker.process.returncode == 0
-            assert worker.events("stop")
+    with ExitStack() as stack:
+        runs = {
+            number: stack.enter_context(swarm(f"gone-{number.name.lower()}", tmp_path / number.name))
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+        }
+        for run in runs.values():  # all at once: what takes long is to come up
+            run.base.mkdir()
+            run.start("a", *SMALL)
+        for number, run in runs.items():
+            (worker,) = run.workers
+            worker.wait_for_round(1)
+            assert len(worker.children()) == 2  # the network process and its daemon
+            worker.process.send_signal(number)
+            worker.wait()
+            eventually(lambda base=run.base: not our_processes(base), "a process is left", 5.0)
+            eventually(lambda pid=worker.process.pid: not leftovers({pid}), "a socket or folder is left", 5.0)
+            assert not list((run.base / "runtime").glob("*.json"))
+            if number != signal.SIGKILL:
+                assert worker.process.returncode == 0
+                assert worker.events("stop")
 
 
 def test_the_others_go_on_when_a_worker_is_killed(tmp_path: Path) -> None:
@@ -144,27 +152,29 @@ def test_the_others_go_on_when_a_worker_is_killed(tmp_path: Path) -> None:
         assert_one_theta(workers[:2], after)
 
 
-@pytest.mark.parametrize("which", ["dtrain.dht.start", "p2pd"])
-def test_a_dead_network_process_is_replaced(which: str, tmp_path: Path) -> None:
+def test_a_dead_network_process_is_replaced(tmp_path: Path) -> None:
     """A killed network process or daemon is noticed, and another one started, within 2 s; it has the same identity, and
     the worker goes on."""
     with swarm("heal", tmp_path) as run:
         workers = [run.start(name, *SMALL, "--start-workers", "2") for name in ("a", "b")]
         workers[0].wait_for_round(2)
-        before = workers[0].children()
-        next(p for p in before if which in " ".join(p.cmdline())).kill()
-        killed, peer_id = time.time(), workers[0].events("start")[0]["peer_id"]
-        lost = workers[0].wait_for("network", lambda event: event["state"] == "lost")
-        assert lost["time"] - killed < NOTICED_S
-        workers[0].wait_for("network", lambda event: event["state"] == "back")
-        begun = [p.create_time() for p in workers[0].children() if p not in before]
-        assert len(begun) == 2 and min(begun) - killed < NOTICED_S
-        done = workers[0].events("round")[-1]["round"]
-        both = workers[0].wait_for(
-            "round", lambda event: event["round"] > done + 1 and len(event["contributors"]) == 2
-        )
-        assert peer_id in both["contributors"]
-        workers[1].wait_for_round(both["round"])
+        for worker, which in ((workers[0], "dtrain.dht.start"), (workers[1], "p2pd")):
+            before = worker.children()
+            next(p for p in before if which in " ".join(p.cmdline())).kill()
+            killed, peer_id = time.time(), worker.events("start")[0]["peer_id"]
+            lost = worker.wait_for("network", lambda event: event["state"] == "lost")
+            assert lost["time"] - killed < NOTICED_S
+            worker.wait_for("network", lambda event: event["state"] == "back")
+            begun = [p.create_time() for p in worker.children() if p not in before]
+            assert len(begun) == 2 and min(begun) - killed < NOTICED_S
+            done = max(w.events("round")[-1]["round"] for w in workers)
+            both = worker.wait_for(
+                "round",
+                lambda event, done=done: event["round"] > done + 1 and len(event["contributors"]) == 2,
+            )
+            assert peer_id in both["contributors"]
+            for other in workers:
+                other.wait_for_round(both["round"])
         assert_one_theta(workers, 2)
 
 
