@@ -14,7 +14,7 @@ TEST_ARGS ?=
 TEST_JOBS ?= 2
 PACKAGES := trainer compression dht experiments
 
-.PHONY: checkpoint-torture fuzz-atheris lab pictures browser-test dashboard-load setup demo test check chaos chaos-20 fuzz soak join-test nat-test proto evidence clean
+.PHONY: canary checkpoint-torture fuzz-atheris lab pictures browser-test dashboard-load setup demo test check chaos chaos-20 fuzz soak join-test nat-test proto evidence clean
 
 setup: $(STAMP)
 
@@ -75,6 +75,11 @@ fuzz-atheris: setup
 	  echo "==> $$parser, $(FUZZ_MINUTES) minutes"; \
 	  $(BIN)/python scripts/fuzz_atheris.py $$parser --minutes $(FUZZ_MINUTES) || exit 1; \
 	done
+
+# Planted secrets are found nowhere, with the real wandb, about a minute.
+canary: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,wandb]'
+	$(BIN)/pytest tests/test_canary.py $(TEST_ARGS)
 
 # Checkpointing killed at 200 random instants, and on a full disk (as root), about a minute.
 checkpoint-torture: setup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import time
@@ -85,3 +86,29 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"cannot write .*type --folder"):
         MetricsLog(tmp_path / "file" / "m.jsonl")
+
+
+def test_a_full_disk_costs_events_and_nothing_else(tmp_path: Path) -> None:
+    """No error gets out, half a line is glued to nothing, and when there is room again events are kept again."""
+    path = tmp_path / "m.jsonl"
+    with MetricsLog(path) as log:
+        log.write("before")
+        file, room = log._file, iter([5, 0, 0])
+
+        class Full:
+            """A disk with room for five bytes more."""
+
+            closed = False
+
+            def write(self, data: bytes) -> int:
+                left = next(room)
+                if not left:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return file.write(data[:left])
+
+        log._file = Full()  # type: ignore[assignment]
+        for _ in range(3):
+            log.write("lost")
+        log._file = file
+        log.write("after")
+    assert [entry["event"] for entry in read_metrics(path)] == ["before", "after"]
