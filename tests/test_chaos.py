@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
-from swarm_tools import Swarm, WorkerProcess, swarm
+from swarm_tools import Swarm, WorkerProcess, eventually, swarm
 
 from dtrain.dht.faults import STOPPED_S, VARIABLE
 from dtrain.trainer.metrics import read_metrics
@@ -36,6 +38,7 @@ exact_up_to = {exact_up_to}
 """
 ROUND_TIMEOUT_S = 12.0
 FAULT_ROUND = 2
+ASLEEP_S = 60.0
 POINTS = ("matchmaking", "first-part-sent", "half-sent", "reduced", "half-delivered", "before-report")
 CLOSABLE = ("first-part-sent", "half-sent", "half-delivered")
 RECOMPRESSED = ("reduced", "half-delivered", "aggregate")  # at these points sums are compressed again
@@ -158,6 +161,27 @@ def test_a_fault_harms_nobody_else(run: Swarm) -> None:
 def test_fault_after_fault_harms_nobody_else(run: Swarm) -> None:
     """The same for one worker that lies, loses a connection and freezes, and takes part again each time."""
     inject(run, *IN_A_ROW)
+
+
+@pytest.mark.slow
+def test_a_minute_asleep_is_made_up_for(run: Swarm) -> None:
+    """A worker whose processes are all frozen for a minute (SIGSTOP, SIGCONT) is back at the others' theta within two
+    rounds and contributes again, with nothing done for it; the others lost nothing."""
+    (run.base / "run.toml").write_text(RUN_FILE.format(exact_up_to=4))
+    *honest, sleeper = [start(run, name, []) for name in ("a", "b", "c", "d")]
+    sleeper.wait_for_round(FAULT_ROUND)
+    frozen = [psutil.Process(sleeper.process.pid), *sleeper.children()]
+    for process in frozen:
+        process.suspend()
+    fell_asleep = time.monotonic()
+    eventually(lambda: time.monotonic() - fell_asleep > ASLEEP_S, "the minute does not pass", 2 * ASLEEP_S)
+    missed = honest[0].events("round")[-1]["round"]
+    for process in frozen:
+        process.resume()
+    check_comes_back(honest[0], sleeper, missed)
+    check_resynced_soon(honest[0], sleeper)
+    check_one_theta([*honest, sleeper])
+    check_nothing_is_lost(honest)
 
 
 @pytest.mark.slow
