@@ -35,16 +35,26 @@ def show_pass(manifest: Manifest, invite: Invite | None, peer_id: str, folder: P
     from dtrain.dht.identity import bytes_of
 
     path = folder / PASS_FILE
-    token = invite.token if invite is not None else None
+    token, kept = invite.token if invite is not None else None, path.read_bytes() if path.exists() else b""
+    if kept and (token is None or _comes_from(kept, token)):
+        return kept  # who is in stays in, also when the invite has expired since
     if token is not None:
         _refuse_expired(token)
-    elif path.exists():
-        return path.read_bytes()
     else:
         token = _own_token(manifest, folder)
     shown = token.bind(manifest.hash, bytes_of(peer_id)).encode()
     write_private(path, shown)
     return shown
+
+
+def _comes_from(shown: bytes, token: Token) -> bool:
+    """Whether a pass was made with that token."""
+    from dtrain.dht.tokens import TokenError, decode_pass
+
+    try:
+        return decode_pass(shown).grant == token.grant
+    except TokenError:  # a damaged file: made anew
+        return False
 
 
 def _refuse_expired(token: Token) -> None:

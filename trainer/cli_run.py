@@ -154,6 +154,8 @@ def find_manifest(exchange: DhtExchange, run_id: str, invite: Invite | None) -> 
                 signed = SignedManifest.from_json(blob)
             except UsageError:
                 continue  # somebody's garbage under our key
+            if signed.manifest.run_id != run_id:
+                continue  # another run's, put there by somebody
             if invite is None or signed.manifest.hash == invite.manifest_hash:
                 found[signed.manifest.hash] = signed
         if len(found) > 1:

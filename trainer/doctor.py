@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import re
 import shutil
 import socket
 import sys
@@ -203,8 +202,3 @@ def run_settings(found: list[str], wanted: str) -> Check:
     if found:
         return Check("run", FAIL, "another run has this name there", "ask the organizer for a fresh invite")
     return Check("run", FAIL, "the peers know no such run", "ask the organizer for a fresh invite")
-
-
-def is_name(text: str) -> bool:
-    """Whether a text can be shown as it is."""
-    return re.fullmatch(r"[\x20-\x7e]+", text) is not None
