@@ -11,8 +11,10 @@ from pathlib import Path
 
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P, PeerID
+from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS
 
 from dtrain.dht.addresses import CIRCUIT, best_first, by_peer, full, ip_of, is_loopback, is_public
+from dtrain.dht.distance import measure_any
 from dtrain.dht.identity import Identity, load_or_create
 from dtrain.dht.reachability import (
     CLIENT,
@@ -124,12 +126,14 @@ async def attach(
     passes_on: bool = True,
     relays: bool = True,
     announce: str = "",
+    strict: bool = True,
 ) -> Connection:
     """Join the DHT through `peers`, or begin it when there are none.
 
     This machine `passes_on` for others if it can, and is reached through others' `relays` if nobody can dial it.
     `before` is our reach of last time when we come back to a run; then we stand alone if nobody answers, until somebody
-    does. Raises TransportError otherwise, with a line for the user.
+    does. Raises TransportError otherwise, with a line for the user; unless `strict`, not when there are connections but
+    no DHT over them, as where the clocks are too far apart.
     """
     known = by_peer(peers)
     known.pop(identity.peer_id, None)
@@ -143,7 +147,11 @@ async def attach(
         if known and not reached and not before:
             raise TransportError(nobody_answers(peers))
         through = full({peer: known[peer] for peer in reached})
-        node = await _join(p2p, identity, through, reach, strict=not before)
+        try:
+            node = await _join(p2p, identity, through, reach, strict=strict and not before)
+        except TransportError:
+            await _blame_the_clock(p2p, reached)
+            raise
     except BaseException:
         p2p._terminate()
         raise
@@ -222,6 +230,17 @@ async def connect_all(p2p: P2P, peers: Mapping[str, Sequence[str]]) -> list[str]
     """Ids of the peers with which there is a connection now."""
     made = await asyncio.gather(*(connect(p2p, PeerID.from_base58(p), places) for p, places in peers.items()))
     return [peer for peer, is_there in zip(peers, made) if is_there]
+
+
+async def _blame_the_clock(p2p: P2P, peers: Sequence[str]) -> None:
+    """TransportError if that is why these peers, with which we are connected, do not have us in the DHT."""
+    found = await measure_any(p2p, {peer: () for peer in peers})
+    if found is not None and abs(found.skew_s) > MAX_DHT_TIME_DISCREPANCY_SECONDS:
+        side = "ahead of" if found.skew_s > 0 else "behind"
+        raise TransportError(
+            f"this machine's clock is {abs(found.skew_s):.0f} s {side} the others': set it by the network "
+            "(timedatectl set-ntp true on Linux), then try again"
+        )
 
 
 async def _join(p2p: P2P, identity: Identity, peers: Sequence[str], reach: str, *, strict: bool) -> DHTNode:

@@ -73,9 +73,9 @@ class DhtExchange:
         self.process = NetworkProcess(self._hear, self._reply)
         self.process.on_death = lambda: self.on_change("lost", DIED)
 
-    def connect(self, through: Sequence[str] = ()) -> None:
+    def connect(self, through: Sequence[str] = (), *, strict: bool = True) -> None:
         """Wait until the network process stands in the DHT, through these peers too if there are any. Raises
-        ExchangeError with a line for the user."""
+        ExchangeError with a line for the user; unless `strict`, connections with peers are enough."""
         self._through += tuple(through)
         answer = self.process.command(
             "connect",
@@ -89,6 +89,7 @@ class DhtExchange:
             reach_before=self.reach,
             passes_on=self._settings.passes_on,
             relays=self._settings.relays,
+            strict=strict,
         )
         self.peer_id, self.addresses, self.reach = answer["peer_id"], answer["addresses"], answer["reach"]
 

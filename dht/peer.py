@@ -113,6 +113,7 @@ class NetworkPeer:
             asyncio.create_task(self._watch_connection()),
         ]
         return {
+            strict=args["strict"],
             "peer_id": identity.peer_id,
             "addresses": self._connection.addresses,
             "reach": self._connection.reach,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import json
 import shutil
 import socket
@@ -81,6 +82,14 @@ def test_wrong_packages() -> None:
     assert check.status == FAIL
     assert "numpy" in check.detail and "no-such-package-of-ours is missing" in check.detail
     assert "pip install 'numpy>=999' 'no-such-package-of-ours>=1'" in check.fix and "torch" not in check.fix
+
+
+def test_a_wrong_package_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command ends with 1, and everything else is still looked at."""
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["numpy>=999"])
+    code, found = report(capsys)
+    assert code == 1 and found["packages"].status == FAIL and "numpy>=999" in found["packages"].fix
+    assert "port" in found
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import stat
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from swarm_tools import DEADLINE_S, eventually, our_processes
 
 from dtrain.dht.invite import decode
+from dtrain.experiments.lab_places import skew_environment
 from dtrain.trainer.cli import COMMANDS, main
 from dtrain.trainer.manifest import manifest_from_toml, preset_manifest
 from dtrain.trainer.presets import PRESETS
@@ -109,7 +109,9 @@ def start(folder: Path, log: Path, *argv: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.timeout(400)
-def test_from_nothing_to_a_contribution(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_nothing_to_a_contribution(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Create, bootstrap, join: a volunteer with nothing but the invite is shown the cost, trains and contributes;
     is steered from another terminal; and the bootstrap peer comes back at the same address as the same peer."""
     here = ("--host", "127.0.0.1")
@@ -123,6 +125,13 @@ def test_from_nothing_to_a_contribution(tmp_path: Path, capsys: pytest.CaptureFi
         assert capsys.readouterr().out.split()[-1] == found[1]
         assert main(["doctor", found[1], "--quick", *here]) == 0
         assert "as the invite says" in capsys.readouterr().out
+        with monkeypatch.context() as ahead:
+            for name, value in skew_environment(tmp_path / "skew", 90.0).items():
+                ahead.setenv(name, value)
+            assert main(["doctor", found[1], "--quick", *here]) == 1
+            assert re.search(r"FAIL  clock +(89|90)\.\d s ahead", capsys.readouterr().out)
+            assert main(["join", found[1], "--yes", *here]) == 2
+            assert re.search(r"clock is (89|90) s ahead", capsys.readouterr().err)
 
         worker_log = tmp_path / "worker.log"
         flags = ("--yes", "--threads", "1", "--eval-every", "0", *here)
@@ -142,11 +151,19 @@ def test_from_nothing_to_a_contribution(tmp_path: Path, capsys: pytest.CaptureFi
         assert main(["status", "--name", "worker-1"]) == 0
         status = capsys.readouterr().out
         assert "paused" in status and "up 1 Mbit/s" in status and "50 %" in status
+        assert main(["runs", "--no-lan"]) == 0
+        assert "mine  (settings" in (runs := capsys.readouterr().out) and "2 peers on this machine" in runs
+        assert main(["resume", "--name", "worker-1"]) == 0
+        eventually(lambda: "Going on." in worker_log.read_text(), "it does not go on")
+        capsys.readouterr()
+        assert main(["log", "--name", "worker-1", "--lines", "100"]) == 0
+        assert "has contributed" in (told := capsys.readouterr().out) and "Going on." in told
         assert main(["finish", "--name", "worker-1"]) == 0
         assert worker.wait(DEADLINE_S) == 0
         assert "finished, as you asked" in worker_log.read_text()
 
-        boot.send_signal(signal.SIGINT)
+        assert main(["status", "--name", "bootstrap"]) == 0
+        assert main(["stop", "--name", "bootstrap"]) == 0
         assert boot.wait(DEADLINE_S) == 0
         port = decode(found[1]).addresses[0].split("/")[4]
         again = tmp_path / "again.log"

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps(fields))
         else:
             print(
-                f"{run_id}  (settings {manifest_hash[:8]}): {here} workers on this machine, "
+                f"{run_id}  (settings {manifest_hash[:8]}): {here} peers on this machine, "
                 f"{network} on this network. Join with: dtrain worker --run-id {run_id}"
             )
     if problem and not args.json:
