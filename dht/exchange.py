@@ -48,7 +48,7 @@ class DhtExchange:
         self._settings, self._through = settings, settings.initial_peers
         self._swarm: tuple[float, list[PeerView]] = (time.monotonic(), [])
         self._address_book = AddressBook()  # to find back when whom we joined through is gone
-        self._traffic = self._past_traffic = (0, 0)
+        self._traffic = self._past_traffic = (0, 0, 0)  # bytes up, down, and on the wire
         self._state_files = StateFiles(settings.identity.parent / "transfer")
         self._status: dict[str, Any] | None = None
         self._run: dict[str, Any] = {}
@@ -171,7 +171,7 @@ class DhtExchange:
     def _come_back(self) -> None:
         """A new network process takes the place of one that died: same identity, same run."""
         self._open.clear()
-        self._past_traffic, self._traffic = self.traffic(), (0, 0)
+        self._past_traffic, self._traffic = self._all_traffic(), (0, 0, 0)
         self._refusals.begin_anew()
         reason, self._moved = self._moved or DIED, ""
         self.connect()
@@ -202,7 +202,8 @@ class DhtExchange:
             self._swarm = (time.monotonic(), [PeerView(*peer) for peer in message["peers"]])
             for view in self._swarm[1]:
                 self._address_book.hear(view.peer_id, view.status.get("address"))
-            self._traffic = message["traffic"][0], message["traffic"][1]
+            up, down, wire = message["traffic"]
+            self._traffic = up, down, wire
             self._refusals.hear(message.get("refusals"))
             if message.get("refused") and not self.refused:
                 self.refused = reason_text(message["refused"])
@@ -317,7 +318,14 @@ class DhtExchange:
         return self._refusals.total()
 
     def traffic(self) -> tuple[int, int]:
-        return self._past_traffic[0] + self._traffic[0], self._past_traffic[1] + self._traffic[1]
+        return self._all_traffic()[:2]
+
+    def wire_bytes(self) -> int:
+        return self._all_traffic()[2]
+
+    def _all_traffic(self) -> tuple[int, int, int]:
+        past, now = self._past_traffic, self._traffic
+        return past[0] + now[0], past[1] + now[1], past[2] + now[2]
 
     def close(self) -> None:
         self._closing.set()

@@ -23,7 +23,7 @@ from dtrain.dht.throttle import Throttle
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 BYTES_PER_MEGABIT = 125_000.0
-MESSAGE_OVERHEAD_BYTES = 128  # of TLS, multiplexing, TCP and IP, roughly; it counts against the user's rates
+MESSAGE_OVERHEAD_BYTES = 128  # of TLS, multiplexing, TCP and IP, roughly; it counts against the user's limits
 WIRE_SHARE = (
     0.87  # of the bytes on the wire; the rest are headers in between and what confirms the other direction
 )
@@ -46,6 +46,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.up = self.down = 0
+        self._wire_bytes = 0.0
         self._up_limit, self._down_limit = Throttle(), Throttle()
 
     def limit(self, *, up_mbps: float, down_mbps: float) -> None:
@@ -53,15 +54,25 @@ class Traffic:
         self._up_limit.bytes_per_s = up_mbps * BYTES_PER_MEGABIT * WIRE_SHARE
         self._down_limit.bytes_per_s = down_mbps * BYTES_PER_MEGABIT * WIRE_SHARE
 
+    @property
+    def wire_bytes(self) -> int:
+        """What all messages so far have taken on the wire, both ways together, by the same reckoning as the limits."""
+        return round(self._wire_bytes)
+
     async def sending(self, num_bytes: int) -> None:
         """Before so many bytes are sent."""
         await self._up_limit.take(num_bytes + MESSAGE_OVERHEAD_BYTES)
         self.up += num_bytes
+        self._count_wire(num_bytes)
 
     async def receiving(self, num_bytes: int) -> None:
         """Before so many bytes are read, or after, where they come unasked."""
         self.down += num_bytes
+        self._count_wire(num_bytes)
         await self._down_limit.take(num_bytes + MESSAGE_OVERHEAD_BYTES)
+
+    def _count_wire(self, num_bytes: int) -> None:
+        self._wire_bytes += (num_bytes + MESSAGE_OVERHEAD_BYTES) / WIRE_SHARE
 
 
 def patch_hivemind(private_folder: Path, traffic: Traffic) -> None:

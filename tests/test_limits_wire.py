@@ -1,4 +1,4 @@
-"""`--up` and `--down`, measured where they matter: on the wire. `make nat-test`, on Linux as root."""
+"""`--up`, `--down` and the count of traffic, measured where they matter: on the wire. `make nat-test`, as root."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def watch(namespace: str) -> tuple[list[tuple[float, int]], list[tuple[float, in
 
 def test_a_limit_holds_on_the_wire(tmp_path: Path) -> None:
     """A worker of `--up 1mbit --down 2mbit` sends under 1.1 Mbit/s and receives under 2.2 in any ten seconds, headers
-    and encryption included, though it could use much more, and it takes part in rounds all the same."""
+    and encryption included, though it could use much more, and it takes part in rounds all the same. What it counts for
+    `--daily` and `--monthly` is what went over the wire, within a tenth."""
     config = tmp_path / "run.toml"
     config.write_text(RUN)
     with internet() as net, swarm("limits", tmp_path) as swarm_:
@@ -81,3 +82,9 @@ def test_a_limit_holds_on_the_wire(tmp_path: Path) -> None:
         assert up < 1.1 and down < 2.2
         assert sent[-1][1] - sent[0][1] > 1e6  # else nothing was limited
         assert any(len(event["contributors"]) == 2 for event in first.events("round"))
+        first.interrupt()
+        assert first.wait() == 0
+        taken = sum(on_the_wire(limited))
+        counted = sum(json.loads((first.folder / "traffic.json").read_text()).values())
+        print(f"{counted / 1e6:.2f} MB counted, {taken / 1e6:.2f} MB on the wire: {counted / taken:.3f}")
+        assert 0.93 < counted / taken < 1.12

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from dtrain.dht import transport
 from dtrain.dht.throttle import BURST_S, Throttle
+from dtrain.dht.transport import Traffic
 
 
 class VirtualTime:
@@ -72,3 +74,18 @@ def test_first_come_first_served() -> None:
 
     asyncio.run(all_at_once())
     assert order == ["a", "heartbeat", "b", "c"]
+
+
+def test_traffic_is_counted_as_the_limits_count_it() -> None:
+    """Of payload bytes by themselves, and with what they take on the wire: as much as a rate of that would let pass."""
+    traffic = Traffic()
+
+    async def carry() -> None:
+        for _ in range(10):
+            await traffic.sending(1000)
+            await traffic.receiving(100)
+
+    asyncio.run(carry())
+    assert (traffic.up, traffic.down) == (10_000, 1000)
+    wanted = (11_000 + 20 * transport.MESSAGE_OVERHEAD_BYTES) / transport.WIRE_SHARE
+    assert traffic.wire_bytes == round(wanted) > 11_000

@@ -1,4 +1,4 @@
-"""How much traffic a worker has had today and this month, kept over restarts."""
+"""How much traffic a worker has had today and this month on the wire, kept over restarts."""
 
 from __future__ import annotations
 

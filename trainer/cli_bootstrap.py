@@ -91,7 +91,7 @@ def _serve(
         PeerSettings(folder / "identity.key", args.host, args.port, initial_peers=tuple(peers))
     )
     stack.callback(exchange.close)
-    control.traffic = exchange.traffic
+    control.used_bytes = exchange.wire_bytes
     try:
         exchange.connect()
         signed = stored or find_manifest(exchange, run_id, invite)

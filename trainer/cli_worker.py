@@ -129,7 +129,7 @@ class Session:
         )
         exchange = DhtExchange(settings)
         self._stack.callback(exchange.close)
-        self.control.traffic = exchange.traffic
+        self.control.used_bytes = exchange.wire_bytes
         return exchange
 
     def start(self) -> Worker | None:

@@ -97,8 +97,8 @@ class Control:
         self._version = 0
         self._paused = self._finishing = False
         self._looked, self._reason = 0.0, ""
-        # Where the bytes up and down of this worker are counted; how it is stopped; what it says of itself.
-        self.traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        # How many bytes this worker has had on the wire, both ways; how it is stopped; what it says of itself.
+        self.used_bytes: Callable[[], int] = lambda: 0
         self.stop_worker: Callable[[str], None] = lambda reason: None
         self.describe: Callable[[], dict[str, Any]] = lambda: {"state": "starting"}
         self.on_limits: Callable[[Limits], None] = lambda limits: None
@@ -160,7 +160,7 @@ class Control:
     def _look(self) -> str:
         limits, machine = self.limits, self._machine
         if self._budget is not None:
-            self._budget.count(sum(self.traffic()))
+            self._budget.count(self.used_bytes())
         if limits.memory_gb and (used := machine.memory_gb()) > limits.memory_gb:
             self.stop_worker(f"it uses {used:.1f} GB of memory, and {limits.memory_gb:g} GB is your limit")
             return "more memory used than your limit"
@@ -182,16 +182,16 @@ class Control:
 
     @property
     def bytes_today(self) -> int:
-        return self._budget.today_bytes if self._budget else sum(self.traffic())
+        return self._budget.today_bytes if self._budget else self.used_bytes()
 
     @property
     def bytes_this_month(self) -> int:
-        return self._budget.month_bytes if self._budget else sum(self.traffic())
+        return self._budget.month_bytes if self._budget else self.used_bytes()
 
     def close(self) -> None:
         """Keep the traffic count for next time."""
         if self._budget is not None:
-            self._budget.count(sum(self.traffic()))
+            self._budget.count(self.used_bytes())
             self._budget.save()
 
     # ------------------------------------------------------------------ waking who waits

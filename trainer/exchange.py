@@ -209,3 +209,6 @@ class Exchange(Protocol):
 
     def close(self) -> None:
         """Leave the swarm and free every process, socket and file."""
+    def wire_bytes(self) -> int:
+        """What that took on the wire, both ways together, headers and encryption included, as nearly as is known."""
+

@@ -58,7 +58,7 @@ class Worker:
         """`corpus` stands in for the manifest's data, which is otherwise read from this machine's disk."""
         self.manifest, self.settings, self.exchange, self.clock = manifest, settings, exchange, clock
         self.control = control or Control()
-        self.control.stop_worker, self.control.traffic = self.stop, exchange.traffic
+        self.control.stop_worker, self.control.used_bytes = self.stop, exchange.wire_bytes
         self._stop = threading.Event()
         self._stop_reason = "all rounds done"
         device, *others = resolve_devices(settings.device)
