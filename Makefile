@@ -50,7 +50,7 @@ check: setup
 	$(BIN)/python scripts/advisories.py
 	$(BIN)/pytest --quiet tests/test_floors.py
 
-# Every planned fault at every named point of a round, about 15 minutes.
+# Every planned fault at every named point of a round, and a minute asleep, about 15 minutes.
 chaos: setup
 	$(BIN)/pytest tests/test_chaos.py -m "slow or not slow" $(TEST_ARGS)
 
@@ -103,9 +103,9 @@ lab: setup
 	$(BIN)/pytest tests/test_lab_run.py -m netns
 	@for name in $(LAB); do $(BIN)/dtrain lab experiments/configs/lab/$$name.toml || exit 1; done
 
-# Workers behind routers that nobody can dial, and on machines that move, in network namespaces: Linux, as root.
+# Workers behind routers that nobody can dial, machines that move, what doctor finds, in network namespaces: Linux, as root.
 nat-test: setup
-	$(BIN)/pytest tests/test_nat.py tests/test_lan.py tests/test_limits_wire.py -m netns $(TEST_ARGS)
+	$(BIN)/pytest tests/test_nat.py tests/test_lan.py tests/test_limits_wire.py tests/test_doctor_network.py -m netns $(TEST_ARGS)
 
 # After a change of trainer/control.proto.
 proto: setup

@@ -32,7 +32,7 @@ from dtrain.dht.membership import Contribution, agree_on_members, pack_hello
 from dtrain.dht.reachability import CLIENT
 from dtrain.dht.rounds import RoundRunner
 from dtrain.dht.state_donor import StateDonor
-from dtrain.dht.streams import StreamError, answer, in_background, next_message, parse_header
+from dtrain.dht.streams import answer, first_header, in_background
 from dtrain.dht.uplink import Uplink
 
 REQUEST_TIMEOUT_S = 3.0  # a leader that does not answer within this is passed over
@@ -308,12 +308,8 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
     async def _header(
         self, stream: AsyncIterator[BytesValue], context: P2PContext, max_bytes: int = 0
     ) -> dict[str, Any]:
-        """The first message of a request. Raises StreamError, also for whom we do not let in."""
-        first = await next_message(stream, self.terms.sender_timeout_s)
-        refusal = self._door.refuses(str(context.remote_id))
-        if refusal:
-            raise StreamError(refusal)
-        return parse_header(first.value, max_bytes)
+        caller, patience_s = str(context.remote_id), self.terms.sender_timeout_s
+        return await first_header(stream, lambda: self._door.refuses(caller), patience_s, max_bytes)
 
     async def rpc_download_state(
         self, request: averaging_pb2.DownloadRequest, context: P2PContext

@@ -158,8 +158,12 @@ class DhtExchange:
             "heartbeat_ttl_s": heartbeat_ttl_s,
             "worker_pid": os.getpid(),
         }
-        self._heartbeat_ttl_s = heartbeat_ttl_s
         self._round_limit_s = 2 * matchmaking_s + 2 * round_timeout_s + 2 * sender_timeout_s + 60.0
+        self._begin(heartbeat_s, heartbeat_ttl_s)
+
+    def _begin(self, heartbeat_s: float, heartbeat_ttl_s: float) -> None:
+        """Enter the run as `_run` has it, now and after each restart; from the first `announce` on others hear us."""
+        self._heartbeat_ttl_s = heartbeat_ttl_s
         self._enter_run()
         self._open.set()
         self.process.set_up = self._come_back
@@ -296,12 +300,20 @@ class DhtExchange:
         return None if answer is None else outcome_of(round, answer)
 
     def fetch_state(self, watch: Watch) -> State | None:
+        answer = self._fetch_state(watch)
+        return None if answer is None else self._state_files.read(answer)
+
+    def _fetch_state(self, watch: Watch, least_work: float = 0.0) -> dict[str, Any] | None:
+        """As `StateTransfer.fetch` has it."""
         if self.refused:
             watch.trouble(self.refused)
             return None
         self._state_files.watch = watch
         try:
-            answer = self.process.command("fetch_state", timeout_s=STATE_TIMEOUT_S)
+            answer: dict[str, Any] | None = self.process.command(
+                "fetch_state", timeout_s=STATE_TIMEOUT_S, least_work=least_work
+            )
+            return answer
         except ConnectionLost:
             return None  # what is here already is kept; the next call goes on from there
         except ExchangeError as error:
@@ -309,7 +321,6 @@ class DhtExchange:
             return None
         finally:
             self._state_files.watch = None
-        return None if answer is None else self._state_files.read(answer)
 
     def serve_state(self, provider: Provider) -> None:
         self._state_files.provider = provider

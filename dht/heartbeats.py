@@ -288,8 +288,15 @@ class Heartbeats:
         return [record for record in self.others() if record.is_active]
 
     def donors(self) -> list[PeerRecord]:
-        """Peers that can hand out past rounds and state."""
-        return [r for r in self.others() if r.status["state"] != "joining" and r.can_be_dialled]
+        """Peers that can hand out past rounds and state. Archives lag behind, and several agree on what they have: they
+        are asked where no worker has more."""
+        able = [r for r in self.others() if r.status["state"] != "joining" and r.can_be_dialled]
+        most = max((r.work for r in able if not r.is_archive), default=0.0)
+        return [r for r in able if not r.is_archive or r.work >= most]
+
+    def sees_an_archive(self) -> bool:
+        """Whether a peer is there that keeps the run's state and takes part in no round."""
+        return any(record.is_archive for record in self.others())
 
     def addresses(self) -> list[str]:
         """Where the peers that can be dialled say that they are."""

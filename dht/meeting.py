@@ -89,6 +89,8 @@ class Rounds:
         """Why there is nobody to meet, nor a reason to go on alone: that would be a run of our own. Else ""."""
         if self._heartbeats.active():
             return NO_LEADER if self._lacks_a_leader() else ""
+        if self._heartbeats.sees_an_archive():
+            return ""  # through it others would be seen too
         return NOBODY if self._may_be_cut_off() else ""
 
     def _expected(self) -> int:

@@ -78,3 +78,12 @@ class PassedRounds:
     def _drop(self, unwanted: Callable[[int], bool]) -> None:
         for number in filter(unwanted, self._numbers()):
             self._path(number).unlink(missing_ok=True)
+
+
+def no_rounds(folder: Path) -> PassedRounds:
+    """For a download after which nothing is replayed: none are kept."""
+
+    async def fetch(round: int) -> RoundRecord | None:
+        return None
+
+    return PassedRounds(folder, lambda: 0, fetch)

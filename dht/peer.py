@@ -19,6 +19,7 @@ from dtrain.compression.codec import Codec
 from dtrain.compression.spec import CodecSpec
 from dtrain.compression.warm_up import warm_up
 from dtrain.dht import admissions, manifests, notes, rendezvous, streams
+from dtrain.dht.archive_desk import ArchiveDesk
 from dtrain.dht.averager import RunTerms, SwarmAverager
 from dtrain.dht.connection import attach
 from dtrain.dht.credit_file import FILE as CREDIT_FILE
@@ -32,6 +33,7 @@ from dtrain.dht.matchmaking import LeaderBoard
 from dtrain.dht.meeting import Rounds
 from dtrain.dht.membership import Contribution
 from dtrain.dht.partial_state import NoSpace
+from dtrain.dht.passed_rounds import no_rounds
 from dtrain.dht.reachability import CLIENT, DIRECT, Witness
 from dtrain.dht.receipts import Receipts
 from dtrain.dht.streams import StreamError, in_background
@@ -42,7 +44,17 @@ from dtrain.dht.worker_line import WorkerLine
 
 # The worker's commands, each a method of NetworkPeer.
 COMMANDS = {
-    *("connect", "distance", "find_manifests", "publish", "prepare", "open_run", "limit", "observe"),
+    *(
+        "connect",
+        "distance",
+        "find_manifests",
+        "publish",
+        "prepare",
+        "open_run",
+        "limit",
+        "observe",
+        "archive",
+    ),
     *("announce", "post", "read_notes", "run_round", "release_residual", "residual_saved"),
     *("fetch_round", "fetch_state", "revoke"),
 }
@@ -101,6 +113,7 @@ class NetworkPeer:
             before=args["reach_before"],
             passes_on=args["passes_on"],
             relays=args["relays"],
+            strict=args["strict"],
         )
         self._p2p, self._node = self._connection.p2p, self._connection.node
         # Without it we are deaf: end, and be restarted.
@@ -113,7 +126,6 @@ class NetworkPeer:
             asyncio.create_task(self._watch_connection()),
         ]
         return {
-            strict=args["strict"],
             "peer_id": identity.peer_id,
             "addresses": self._connection.addresses,
             "reach": self._connection.reach,
@@ -158,14 +170,7 @@ class NetworkPeer:
         faults = FaultPlan.from_environment(args["worker_pid"])
         if faults:
             streams.PIECE_BYTES = PIECE_BYTES
-        self._transfer = StateTransfer(
-            args["pieces"],
-            Path(args["transfer_folder"]),
-            args["newcomer_mbps"],
-            heartbeats=self._heartbeats,
-            ask_worker=self._worker.ask,
-            tell_worker=self._worker.send,
-        )
+        self._transfer = self._state_transfer(args)
         self._averager = SwarmAverager(
             terms,
             self._codec,
@@ -196,12 +201,34 @@ class NetworkPeer:
             may_be_cut_off=self._connection.may_be_cut_off,
             passed_folder=Path(args["transfer_folder"]) / "passed",
         )
+        self._call, self._passed = self._averager.method, self._rounds.passed
         await self._enter(args, terms.manifest_hash)
 
     async def observe(self, args: Args) -> None:
         """Begin to watch a run without a part in it."""
         self._meet(args, args["prefix"])
         await self._enter(args, args["manifest_hash"])
+
+    async def archive(self, args: Args) -> None:
+        """Begin to keep a run's state for newcomers, without a part in its rounds."""
+        self._meet(args, args["prefix"])
+        self._transfer = self._state_transfer(args)
+        desk = ArchiveDesk(
+            self._p2p, self._prefix, self._transfer.donor, self._heartbeats, args["sender_timeout_s"]
+        )
+        await desk.open()
+        self._call, self._passed = desk.method, no_rounds(Path(args["transfer_folder"]) / "passed")
+        await self._enter(args, args["manifest_hash"])
+
+    def _state_transfer(self, args: Args) -> StateTransfer:
+        return StateTransfer(
+            args["pieces"],
+            Path(args["transfer_folder"]),
+            args["newcomer_mbps"],
+            heartbeats=self._heartbeats,
+            ask_worker=self._worker.ask,
+            tell_worker=self._worker.send,
+        )
 
     def _meet(self, args: Args, prefix: str) -> None:
         self._prefix = prefix
@@ -271,7 +298,7 @@ class NetworkPeer:
         """Download the swarm's state into a file, whose path is in the reply; the worker removes it."""
         await self._opened.wait()
         await self._heartbeats.refresh()
-        return await self._transfer.fetch(self._averager.method, self._rounds.passed)
+        return await self._transfer.fetch(self._call, self._passed, args["least_work"])
 
     def _seen_addresses(self) -> list[str]:
         """Of the peers that are there and can be dialled."""

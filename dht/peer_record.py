@@ -9,8 +9,9 @@ from typing import Any
 from dtrain.dht.greetings import NOBODY, Leads
 from dtrain.dht.reachability import CLIENT
 
-# States in which a worker takes part in no round; see `dtrain.trainer.exchange.ABSENT`.
-ABSENT = ("joining", "paused", "finished", "leaving", "stopped")
+# States in which a peer takes part in no round; see `dtrain.trainer.exchange.ABSENT` and `ARCHIVING`.
+ARCHIVING = "archiving"
+ABSENT = ("joining", "paused", "finished", "leaving", "stopped", ARCHIVING)
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class PeerRecord:
     def is_active(self) -> bool:
         """Whether this peer takes part in rounds, so that the others wait for it."""
         return self.status["state"] not in ABSENT
+
+    @property
+    def is_archive(self) -> bool:
+        return bool(self.status["state"] == ARCHIVING)
 
     @property
     def can_be_dialled(self) -> bool:

@@ -113,6 +113,17 @@ async def read_blob(
     return bytes(blob)
 
 
+async def first_header(
+    stream: AsyncIterator[BytesValue], refusal: Callable[[], str], timeout_s: float, max_bytes: int = 0
+) -> Header:
+    """The header of a request, for its answering side. Raises StreamError, also with `refusal()` where that gives a
+    reason not to let the caller in."""
+    first = await next_message(stream, timeout_s)
+    if reason := refusal():
+        raise StreamError(reason)
+    return parse_header(first.value, max_bytes)
+
+
 async def next_message(stream: AsyncIterator[BytesValue], timeout_s: float) -> BytesValue:
     """The next message. Raises StreamError at the stream's end, asyncio.TimeoutError when nothing comes."""
     try:

@@ -42,10 +42,13 @@ class StateTransfer:
             pieces, self._write, self._standing, UploadBudget(newcomer_mbps * BYTES_PER_MEGABIT)
         )
 
-    async def fetch(self, method: Method, passed: PassedRounds) -> dict[str, Any] | None:
+    async def fetch(
+        self, method: Method, passed: PassedRounds, least_work: float = 0.0
+    ) -> dict[str, Any] | None:
         """Download the swarm's state into a file, whose path is in the reply; None when nobody can give it now.
 
-        Raises NoSpace, or OSError when the disk fails.
+        Only a state with at least as much work (tokens) as ours, and as `least_work`, is taken. Raises NoSpace, or
+        OSError when the disk fails.
         """
         partial = PartialState(self._folder, self._pieces)
         fetch = StateFetch(
@@ -54,7 +57,7 @@ class StateTransfer:
             partial,
             self._pieces,
             passed=passed,
-            least_work=float(self._heartbeats.status.get("work", 0.0)),
+            least_work=max(least_work, float(self._heartbeats.status.get("work", 0.0))),
             on_progress=self._tell_progress,
             on_left=lambda donor, reason: self._tell_worker(
                 {"event": "left", "donor": donor, "reason": reason}

@@ -20,6 +20,7 @@ from dtrain.experiments.dashboard_rows import About, Snapshot
 from dtrain.experiments.dashboard_run import RunState
 from dtrain.trainer.bulletin import SAMPLE_TOPIC, TOPIC, unpack_bulletin, unpack_sample
 from dtrain.trainer.errors import UsageError
+from dtrain.trainer.exchange import is_archive
 from dtrain.trainer.manifest import Manifest
 from dtrain.trainer.signing import SignedManifest
 
@@ -151,7 +152,7 @@ class Watcher:
     def _look(self, observer: Observer, state: RunState, schedule: _Schedule) -> None:
         now, before = time.time(), state.fingerprint()
         mine = {worker.peer_id for worker in self._local_workers()}
-        state.hear(observer.swarm(), mine, now)
+        state.hear([view for view in observer.swarm() if not is_archive(view)], mine, now)
         if schedule.reads(state.round, now):
             notes, samples = observer.posted(TOPIC), observer.posted(SAMPLE_TOPIC)
             bulletins = {peer: unpack_bulletin(note) for peer, note in notes.items()}

@@ -37,6 +37,9 @@ class Others:
     def ahead(self) -> list[PeerRecord]:
         return []
 
+    def sees_an_archive(self) -> bool:
+        return any(record.is_archive for record in self.records)
+
     async def refresh(self) -> None: ...
 
 

@@ -1,14 +1,17 @@
-"""`dtrain bootstrap`: keeps a run reachable at one address, without training. For a small server."""
+"""`dtrain bootstrap`: keeps a run reachable at one address, and keeps its newest state. For a small server: it does not
+train."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dtrain.trainer.cli_archive import ArchiveThread
 from dtrain.trainer.cli_run import (
     REACH_LINES,
     check_address,
@@ -41,11 +44,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=int, default=31337, help="TCP port to listen on, the same at each start"
     )
+    parser.add_argument(
+        "--no-archive",
+        action="store_true",
+        help="do not keep the run's weights for when all workers are gone",
+    )
+    parser.add_argument(
+        "--archive-every",
+        type=float,
+        metavar="SECONDS",
+        default=300.0,
+        help="fetch the weights anew this often (default: 300), and at most a tenth of the time",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until told to stop."""
     check_address(args)
+    if not 1.0 <= args.archive_every < math.inf:
+        raise UsageError(f"--archive-every {args.archive_every:g} will not do: type 1 or more seconds")
     invite = decode_invite(args.invite) if args.invite else None
     run_id = args.run_id or (invite.run_id if invite else None)
     if run_id is None:
@@ -73,8 +90,9 @@ def _serve(
     stack: ExitStack,
 ) -> int:
     from dtrain.dht import rendezvous
+    from dtrain.dht.archive import Archive
     from dtrain.dht.bystander import keep_reachable
-    from dtrain.dht.exchange import DhtExchange, PeerSettings
+    from dtrain.dht.exchange import PeerSettings
     from dtrain.dht.process import ExchangeError
     from dtrain.trainer.control import Control
     from dtrain.trainer.control_server import ControlServer
@@ -87,7 +105,7 @@ def _serve(
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
     peers = invite.addresses if invite else ()
-    exchange = DhtExchange(
+    exchange = Archive(
         PeerSettings(folder / "identity.key", args.host, args.port, initial_peers=tuple(peers))
     )
     stack.callback(exchange.close)
@@ -100,10 +118,12 @@ def _serve(
         raise UsageError(str(error)) from None
     (folder / "manifest.json").write_text(signed.to_json())
     text = invite_text(exchange, signed)
+    keeper = None if args.no_archive else ArchiveThread(exchange, signed, invite, folder, voice, args)
 
     def describe() -> dict[str, Any]:
         up, down = exchange.traffic()
         return {
+            **(keeper.describe() if keeper is not None else {}),
             "state": "serving",
             "peer_id": exchange.peer_id,
             "folder": str(folder.resolve()),
@@ -120,6 +140,9 @@ def _serve(
     voice.say(f"Others join with:\n  dtrain join {text}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
+    if keeper is not None:
+        keeper.start()
+        stack.callback(keeper.stop)
     while not stop.wait(LOOK_S) and not control.finishing:
         pass
     return 0

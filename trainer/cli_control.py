@@ -143,8 +143,9 @@ def describe(status: Status) -> str:
     """A worker's status in a few lines for its user."""
     if status.state == "serving":
         return (
-            f"{status.name} of run {status.run_id}: serving newcomers at {status.reach} reach\n"
-            f"  {status.bytes_up / 1e6:.1f} MB up, {status.bytes_down / 1e6:.1f} MB down since its start; "
+            f"{status.name} of run {status.run_id}: serving newcomers at {status.reach} reach"
+            + (f", with the state after round {status.round}\n" if status.round else "\n")
+            + f"  {status.bytes_up / 1e6:.1f} MB up, {status.bytes_down / 1e6:.1f} MB down since its start; "
             f"{status.memory_gb:.1f} GB of memory"
         )
     state = f"{status.state}: {status.held}" if status.held else status.state

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from dtrain.trainer.exchange import ABSENT, PeerView
+from dtrain.trainer.exchange import ABSENT, PeerView, can_give, work_of
 from dtrain.trainer.voice import duration
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Estimate:
         model = manifest.model
         others = f"{self.workers} workers" if self.workers != 1 else "1 worker"
         now = f"{others} in it, {self.round} rounds done" if self.workers else "nobody in it now"
+        if self.round and not self.workers:
+            now += f", {self.round} rounds done and kept"
         return (
             f"Run {manifest.run_id}: a {model.title} language model with {num_params / 1e6:.1f}M parameters to train, "
             f"trained on {manifest.data.title}; {now}; organizer {manifest.organizer[:8]}.\n"
@@ -56,7 +58,9 @@ def estimate(worker: Worker) -> Estimate:
     tokens_per_step = manifest.train.batch_size * manifest.train.seq_len
     step_s = _step_s(worker)
     own_rate = tokens_per_step / step_s
-    others = [view for view in worker.exchange.swarm() if view.status["state"] not in ABSENT]
+    swarm = worker.exchange.swarm()
+    others = [view for view in swarm if view.status["state"] not in ABSENT]
+    donors = [view for view in swarm if can_give(view) and work_of(view) > 0]
     rate = own_rate + sum(
         _number(view, "tokens_per_s") or own_rate for view in others
     )  # 0: it does not say now
@@ -69,14 +73,14 @@ def estimate(worker: Worker) -> Estimate:
     per_h = 3600 * (traffic / round_s + HEARTBEAT_BYTES_PER_S)
     batch_bytes = 4.0 * tokens_per_step * manifest.model.vocab_size * 3
     return Estimate(
-        download_bytes=4.0 * num_params if others else 0.0,
+        download_bytes=4.0 * num_params if donors else 0.0,
         up_bytes_per_h=per_h,
         down_bytes_per_h=per_h,
         memory_bytes=LIBRARIES_BYTES + BYTES_PER_PARAM * num_params + batch_bytes,
         tokens_per_s=own_rate,
         share_percent=100 * own_rate / rate,
         round_s=round_s,
-        round=max((int(_number(view, "round")) for view in others), default=0),
+        round=max((int(_number(view, "round")) for view in [*others, *donors]), default=0),
         workers=len(others),
     )
 

@@ -22,8 +22,10 @@ NO_GROUP = "no-group"  # others are visible but no group formed in time; nothing
 STALE = "stale"  # the swarm is at another round or another theta; catch up before contributing again
 
 
-# States in which a worker takes part in no round. A "finished" one still gives state and past rounds to others.
-ABSENT = ("joining", "paused", "finished", "leaving", "stopped")
+# The state of a peer that trains nothing and keeps the run's state for newcomers (`dtrain bootstrap`).
+ARCHIVING = "archiving"
+# States in which a peer takes part in no round. A "finished" one still gives state and past rounds to others.
+ABSENT = ("joining", "paused", "finished", "leaving", "stopped", ARCHIVING)
 
 
 class Outcome(Protocol):
@@ -89,6 +91,11 @@ def work_of(view: PeerView) -> float:
     """Tokens in the history of a peer's theta; of two histories the one with more work is the run's."""
     work = view.status.get("work", 0)
     return float(work) if isinstance(work, (int, float)) else 0.0
+
+
+def is_archive(view: PeerView) -> bool:
+    """Whether a peer is no worker, but keeps the run's state."""
+    return view.status["state"] == ARCHIVING
 
 
 def can_give(view: PeerView) -> bool:
@@ -207,8 +214,8 @@ class Exchange(Protocol):
     def traffic(self) -> tuple[int, int]:
         """Bytes sent and received so far, all messages of ours counted."""
 
-    def close(self) -> None:
-        """Leave the swarm and free every process, socket and file."""
     def wire_bytes(self) -> int:
         """What that took on the wire, both ways together, headers and encryption included, as nearly as is known."""
 
+    def close(self) -> None:
+        """Leave the swarm and free every process, socket and file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from dtrain.trainer.clock import Clock
-from dtrain.trainer.exchange import ABSENT, Exchange, work_of
+from dtrain.trainer.exchange import ABSENT, Exchange, is_archive, work_of
 from dtrain.trainer.outer_loop import OuterLoop
 from dtrain.trainer.reporting import Say
 
@@ -30,10 +30,11 @@ def wait_for_start(
 
 
 def stay_for_the_rest(outer: OuterLoop, exchange: Exchange, stop: threading.Event, clock: Clock) -> None:
-    """Stay a moment for those that missed our last round and need it, or our state, to catch up."""
+    """Stay a moment for those that missed our last round and need it, or our state, to catch up, or to keep it."""
     until = clock.monotonic() + FINISH_S
     while clock.monotonic() < until and not stop.is_set():
-        active = [view for view in exchange.swarm() if view.status["state"] not in ABSENT]
-        if all(work_of(view) >= outer.tokens for view in active):
+        others = exchange.swarm()
+        wanting = [view for view in others if view.status["state"] not in ABSENT or is_archive(view)]
+        if all(work_of(view) >= outer.tokens for view in wanting):
             return
         clock.sleep(POLL_S)

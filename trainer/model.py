@@ -62,6 +62,8 @@ class GPT(nn.Module):
         # Uniform values made by exactly rounded operations on the generator's raw bits: normal_() goes
         # through log and cos, whose last bits differ between processors, and then two machines would begin at
         # different thetas.
+        if self.embedding.weight.is_meta:  # only the shapes are wanted
+            return
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("out.weight"):

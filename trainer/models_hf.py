@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from dtrain.trainer.errors import UsageError
 from dtrain.trainer.tokenizer import NEEDS_HF
 
 if TYPE_CHECKING:
+    from dtrain.compression.layout import Shapes
     from dtrain.trainer.config import TrainConfig
     from dtrain.trainer.manifest import Manifest
 
@@ -192,12 +194,17 @@ def weights_sha256(folder: Path) -> str:
 
 def num_trained(config: str, train: TrainConfig) -> int:
     """Number of trained parameters of a model with this config, found without its memory."""
+    return sum(math.prod(shape) for _, shape in trained_shapes(config, train))
+
+
+def trained_shapes(config: str, train: TrainConfig) -> Shapes:
+    """(name, shape) of the trained parameters of a model with this config, found without its memory."""
     transformers = import_transformers()
     with torch.device("meta"):
         inner = transformers.AutoModelForCausalLM.from_config(_config(transformers, config))
         if train.method != "full":
             inner = with_adapters(inner, train)
-    return sum(p.numel() for p in inner.parameters() if p.requires_grad)
+    return [(name, tuple(p.shape)) for name, p in inner.named_parameters() if p.requires_grad]
 
 
 def shape_of(config: str) -> dict[str, int]:

@@ -12,7 +12,7 @@ from dtrain.trainer.bulletin import SAMPLE_TOPIC, TOPIC, Bulletin, EvalLine, Rou
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
 from dtrain.trainer.compute import device_peak_bytes
 from dtrain.trainer.download import Bar
-from dtrain.trainer.exchange import Exchange, Outcome
+from dtrain.trainer.exchange import Exchange, Outcome, is_archive
 from dtrain.trainer.feed import Feed
 from dtrain.trainer.metrics import Metrics
 from dtrain.trainer.outer_loop import OuterLoop
@@ -125,7 +125,7 @@ class Reporter:
             "loss": self._loss,
             "round_ends_in_s": self._remaining_s if is_training else 0.0,
             "compute_share": self.compute_share,
-            "workers": 1 + len(self.exchange.swarm()),
+            "workers": 1 + sum(not is_archive(view) for view in self.exchange.swarm()),
             "bytes_up": up,
             "bytes_down": down,
             "last_share_percent": self._last_share_percent,
@@ -133,7 +133,8 @@ class Reporter:
 
     def joined(self, source: str, began: float) -> None:
         seconds = self.clock.monotonic() - began
-        self.metrics.write("joined", round=self.outer.round, source=source, seconds=round(seconds, 3))
+        stands = {"round": self.outer.round, "digest": self.outer.digest.hex()}
+        self.metrics.write("joined", **stands, source=source, seconds=round(seconds, 3))
         origin = {
             "fresh": "from the run's first weights",
             "checkpoint": "from this folder's checkpoint",
