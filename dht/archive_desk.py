@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import AsyncIterator  # noqa: UP035  # hivemind recognizes streams by typing's AsyncIterator only
+from collections.abc import Mapping
+from typing import Any, AsyncIterator  # noqa: UP035  # hivemind recognizes streams by typing's AsyncIterator only
 
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
@@ -14,11 +15,11 @@ from dtrain.dht.streams import Call, first_header
 
 
 class ArchiveDesk(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
-    """Answers newcomers; of rounds it knows nothing. `door` says who is let in."""
+    """Answers newcomers, for no round. `door` says who is let in, `args` are those of `Archive.archive`."""
 
-    def __init__(self, p2p: P2P, prefix: str, donor: StateDonor, door: Heartbeats, timeout_s: float):
-        self._p2p, self._prefix, self._donor, self._door = p2p, prefix, donor, door
-        self._timeout_s = timeout_s
+    def __init__(self, p2p: P2P, args: Mapping[str, Any], donor: StateDonor, door: Heartbeats):
+        self._p2p, self._donor, self._door = p2p, donor, door
+        self._prefix, self._timeout_s = args["prefix"], args["sender_timeout_s"]
 
     async def open(self) -> None:
         """Begin to answer."""

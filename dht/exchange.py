@@ -6,13 +6,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from dtrain.dht import ipc
 from dtrain.dht.address_book import AddressBook
+from dtrain.dht.carried import Carried
 from dtrain.dht.outcome import Outcome, PeerView, outcome_of
+from dtrain.dht.peer_settings import PeerSettings
 from dtrain.dht.process import RESTART_PAUSE_S, ConnectionLost, ExchangeError, NetworkProcess
 from dtrain.dht.state_files import Provider, State, StateFiles, Watch
 from dtrain.dht.tally import Tally
@@ -25,21 +26,6 @@ DIED = "its process ended unexpectedly"
 STATE_TIMEOUT_S = 24 * 3600.0
 
 
-@dataclass(frozen=True)
-class PeerSettings:
-    """Where and as whom this machine takes part in the network."""
-
-    identity: Path
-    host: str = "0.0.0.0"  # IPv4 address to listen on
-    port: int = 0  # TCP; 0 = any free one
-    # HOST:PORT that others dial instead, as where a port is forwarded; only with a loopback host.
-    announce: str = ""
-    initial_peers: tuple[str, ...] = ()  # libp2p addresses of peers to join through
-    passes_on: bool = True  # be a relay for others, if this machine has a public address
-    relays: bool = True  # be reached through a relay, if nobody can dial this machine
-    newcomer_mbps: float = 0.0  # of our state that go to newcomers at most; 0 = half of what the line can do
-
-
 class DhtExchange:
     """One worker's place in the swarm: `connect`, `open_run`, then the calls of the `Exchange` protocol."""
 
@@ -48,7 +34,7 @@ class DhtExchange:
         self._settings, self._through = settings, settings.initial_peers
         self._swarm: tuple[float, list[PeerView]] = (time.monotonic(), [])
         self._address_book = AddressBook()  # to find back when whom we joined through is gone
-        self._traffic = self._past_traffic = (0, 0, 0)  # bytes up, down, and on the wire
+        self._carried = Carried()
         self._state_files = StateFiles(settings.identity.parent / "transfer")
         self._status: dict[str, Any] | None = None
         self._run: dict[str, Any] = {}
@@ -175,7 +161,7 @@ class DhtExchange:
     def _come_back(self) -> None:
         """A new network process takes the place of one that died: same identity, same run."""
         self._open.clear()
-        self._past_traffic, self._traffic = self._all_traffic(), (0, 0, 0)
+        self._carried.begin_anew()
         self._refusals.begin_anew()
         reason, self._moved = self._moved or DIED, ""
         self.connect()
@@ -206,8 +192,7 @@ class DhtExchange:
             self._swarm = (time.monotonic(), [PeerView(*peer) for peer in message["peers"]])
             for view in self._swarm[1]:
                 self._address_book.hear(view.peer_id, view.status.get("address"))
-            up, down, wire = message["traffic"]
-            self._traffic = up, down, wire
+            self._carried.hear(message["traffic"])
             self._refusals.hear(message.get("refusals"))
             if message.get("refused") and not self.refused:
                 self.refused = reason_text(message["refused"])
@@ -329,14 +314,10 @@ class DhtExchange:
         return self._refusals.total()
 
     def traffic(self) -> tuple[int, int]:
-        return self._all_traffic()[:2]
+        return self._carried.total()[:2]
 
     def wire_bytes(self) -> int:
-        return self._all_traffic()[2]
-
-    def _all_traffic(self) -> tuple[int, int, int]:
-        past, now = self._past_traffic, self._traffic
-        return past[0] + now[0], past[1] + now[1], past[2] + now[2]
+        return self._carried.total()[2]
 
     def close(self) -> None:
         self._closing.set()

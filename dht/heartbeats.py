@@ -290,7 +290,7 @@ class Heartbeats:
     def donors(self) -> list[PeerRecord]:
         """Peers that can hand out past rounds and state. Archives lag behind, and several agree on what they have: they
         are asked where no worker has more."""
-        able = [r for r in self.others() if r.status["state"] != "joining" and r.can_be_dialled]
+        able = [record for record in self.others() if record.can_give]
         most = max((r.work for r in able if not r.is_archive), default=0.0)
         return [r for r in able if not r.is_archive or r.work >= most]
 

@@ -6,7 +6,8 @@ import os
 import time
 
 from dtrain.dht import ipc
-from dtrain.dht.exchange import OPEN_TIMEOUT_S, DhtExchange, PeerSettings, run_prefix
+from dtrain.dht.exchange import OPEN_TIMEOUT_S, DhtExchange, run_prefix
+from dtrain.dht.peer_settings import PeerSettings
 
 
 class Observer(DhtExchange):

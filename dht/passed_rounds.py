@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -80,10 +81,10 @@ class PassedRounds:
             self._path(number).unlink(missing_ok=True)
 
 
-def no_rounds(folder: Path) -> PassedRounds:
-    """For a download after which nothing is replayed: none are kept."""
+def no_rounds() -> PassedRounds:
+    """For a download after which nothing is replayed: none are kept, anywhere."""
 
     async def fetch(round: int) -> RoundRecord | None:
         return None
 
-    return PassedRounds(folder, lambda: 0, fetch)
+    return PassedRounds(Path(os.devnull), lambda: 0, fetch)

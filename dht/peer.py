@@ -125,11 +125,8 @@ class NetworkPeer:
             asyncio.create_task(self._connection.keep(self._seen_addresses)),
             asyncio.create_task(self._watch_connection()),
         ]
-        return {
-            "peer_id": identity.peer_id,
-            "addresses": self._connection.addresses,
-            "reach": self._connection.reach,
-        }
+        made = self._connection
+        return {"peer_id": identity.peer_id, "addresses": made.addresses, "reach": made.reach}
 
     async def distance(self, args: Args) -> Args | None:
         """A peer's clock against ours and the bandwidth to it; None when none answers."""
@@ -170,7 +167,7 @@ class NetworkPeer:
         faults = FaultPlan.from_environment(args["worker_pid"])
         if faults:
             streams.PIECE_BYTES = PIECE_BYTES
-        self._transfer = self._state_transfer(args)
+        self._transfer = StateTransfer.of(args, self._heartbeats, self._worker)
         self._averager = SwarmAverager(
             terms,
             self._codec,
@@ -212,23 +209,11 @@ class NetworkPeer:
     async def archive(self, args: Args) -> None:
         """Begin to keep a run's state for newcomers, without a part in its rounds."""
         self._meet(args, args["prefix"])
-        self._transfer = self._state_transfer(args)
-        desk = ArchiveDesk(
-            self._p2p, self._prefix, self._transfer.donor, self._heartbeats, args["sender_timeout_s"]
-        )
+        self._transfer = StateTransfer.of(args, self._heartbeats, self._worker)
+        desk = ArchiveDesk(self._p2p, args, self._transfer.donor, self._heartbeats)
         await desk.open()
-        self._call, self._passed = desk.method, no_rounds(Path(args["transfer_folder"]) / "passed")
+        self._call, self._passed = desk.method, no_rounds()
         await self._enter(args, args["manifest_hash"])
-
-    def _state_transfer(self, args: Args) -> StateTransfer:
-        return StateTransfer(
-            args["pieces"],
-            Path(args["transfer_folder"]),
-            args["newcomer_mbps"],
-            heartbeats=self._heartbeats,
-            ask_worker=self._worker.ask,
-            tell_worker=self._worker.send,
-        )
 
     def _meet(self, args: Args, prefix: str) -> None:
         self._prefix = prefix

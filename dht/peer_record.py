@@ -41,6 +41,12 @@ class PeerRecord:
         return self.status.get("reach") != CLIENT
 
     @property
+    def can_give(self) -> bool:
+        """Whether past rounds and state can be had from this peer, as far as it says."""
+        says_so = self.status["state"] != "joining" and self.status.get("gives", True) is True
+        return says_so and self.can_be_dialled
+
+    @property
     def work(self) -> float:
         """Tokens in the history of this peer's theta; of two histories the one with more work is the run's."""
         work = self.status.get("work", 0)

@@ -14,6 +14,7 @@ from dtrain.dht.passed_rounds import PassedRounds
 from dtrain.dht.state_donor import StateDonor, Written
 from dtrain.dht.state_fetch import Method, StateFetch
 from dtrain.dht.upload import UploadBudget
+from dtrain.dht.worker_line import WorkerLine
 
 TELL_PERIOD_S = 0.2  # between two words about a download's progress
 BYTES_PER_MEGABIT = 125_000
@@ -40,6 +41,18 @@ class StateTransfer:
         self._told = 0.0
         self.donor = StateDonor(
             pieces, self._write, self._standing, UploadBudget(newcomer_mbps * BYTES_PER_MEGABIT)
+        )
+
+    @classmethod
+    def of(cls, args: dict[str, Any], heartbeats: Heartbeats, worker: WorkerLine) -> StateTransfer:
+        """As a worker asks for it when it opens a run."""
+        return cls(
+            args["pieces"],
+            Path(args["transfer_folder"]),
+            args["newcomer_mbps"],
+            heartbeats=heartbeats,
+            ask_worker=worker.ask,
+            tell_worker=worker.send,
         )
 
     async def fetch(

@@ -75,7 +75,8 @@ class DtrainPeer(_Sparse):
     """Our exchange with a run's default terms, as a worker uses it: heartbeats, matchmaking, spans."""
 
     def __init__(self, args: argparse.Namespace):
-        from dtrain.dht.exchange import DhtExchange, PeerSettings
+        from dtrain.dht.exchange import DhtExchange
+        from dtrain.dht.peer_settings import PeerSettings
 
         self._exchange = DhtExchange(
             PeerSettings(args.folder / "identity.key", "127.0.0.1", initial_peers=tuple(args.join))

@@ -9,7 +9,8 @@ from types import TracebackType
 
 import torch
 
-from dtrain.dht.exchange import DhtExchange, PeerSettings
+from dtrain.dht.exchange import DhtExchange
+from dtrain.dht.peer_settings import PeerSettings
 from dtrain.trainer.cli_run import open_run
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.flat import FlatParameters

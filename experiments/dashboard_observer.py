@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dtrain.dht import rendezvous
-from dtrain.dht.exchange import PeerSettings
 from dtrain.dht.invite import MAX_ADDRESSES, Invite
 from dtrain.dht.observer import Observer
+from dtrain.dht.peer_settings import PeerSettings
 from dtrain.dht.process import ExchangeError
 from dtrain.experiments.dashboard_history import History, open_history
 from dtrain.experiments.dashboard_rows import About, Snapshot

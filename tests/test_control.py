@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,22 @@ def test_a_pause_harms_no_round(stage: str, overlap: str, tmp_path: Path) -> Non
             worker.stop("the test is over")
         threads.join()
         assert_together(threads)
+
+
+def test_who_has_used_up_its_traffic_gives_nothing(tmp_path: Path) -> None:
+    """A worker that holds because of its budget is not to be asked for state; as soon as it goes on, it is again."""
+    with swarm_of(quick_manifest(), tmp_path) as threads:
+        worker, seen = threads.start("a"), list[Mapping[str, object]]()
+        announce = worker.exchange.announce
+        worker.exchange.announce = lambda status: (seen.append(status), announce(status))[1]  # type: ignore[method-assign]
+        used = [0]
+        worker.control.used_bytes = lambda: used[0]
+        worker.control.set_limits({"daily_gb": 1.0})
+        used[0] = 10**9
+        eventually(lambda: seen and seen[-1].get("gives") is False, "it does not say so")
+        assert seen[-1]["state"] == "paused"
+        worker.control.set_limits({"daily_gb": 2.0})
+        eventually(lambda: seen[-1]["state"] == "training" and "gives" not in seen[-1], "it does not go on")
 
 
 @pytest.mark.parametrize("stage", STAGES)

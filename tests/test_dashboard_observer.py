@@ -10,8 +10,9 @@ from typing import Any
 import psutil
 import pytest
 
-from dtrain.dht.exchange import DhtExchange, PeerSettings
+from dtrain.dht.exchange import DhtExchange
 from dtrain.dht.invite import decode
+from dtrain.dht.peer_settings import PeerSettings
 from dtrain.experiments.dashboard_observer import Target, Watcher
 from dtrain.experiments.dashboard_rows import Snapshot
 from dtrain.trainer.bulletin import SAMPLE_TOPIC, TOPIC, Bulletin, EvalLine, RoundLine, Sample

@@ -99,9 +99,9 @@ def test_a_months_traffic_ends_with_the_month(tmp_path: Path) -> None:
     used[0] = 150 * 10**9 - 1
     assert look(control) == ""
     used[0] += 1
-    assert "150 GB of today" in look(control)
+    assert "150 GB of today" in look(control) and control.spent
     clock.set("2026-11-24 00:00")
-    assert look(control) == ""
+    assert look(control) == "" and not control.spent
     used[0] += 50 * 10**9
     assert "200 GB of this month" in look(control)
     control.close()

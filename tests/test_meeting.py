@@ -119,9 +119,10 @@ def test_who_cannot_be_dialled_is_asked_for_nothing(reach: str) -> None:
     """Its theta may be ahead, but nobody can have it."""
     peer = record("a", reach=reach)
     view = PeerView("a", peer.status, 0.0)
-    assert peer.can_be_dialled == can_give(view) == (reach == "direct")
-    joining = PeerView("a", {"state": "joining", "reach": reach}, 0.0)
-    assert not can_give(joining)
+    assert peer.can_be_dialled == peer.can_give == can_give(view) == (reach == "direct")
+    for said in ({"state": "joining"}, {"state": "paused", "gives": False}):
+        silent = record("a", **said, reach=reach)  # type: ignore[arg-type]
+        assert not can_give(PeerView("a", silent.status, 0.0)) and not silent.can_give
 
 
 def test_who_cannot_lead_waits_for_any_leader() -> None:

@@ -21,9 +21,10 @@ from test_door import ORGANIZER, RUN, door, passes, peer, records, revoked_token
 
 from dtrain.dht import exchange as dht_exchange
 from dtrain.dht.door import Entry
-from dtrain.dht.exchange import DhtExchange, PeerSettings
+from dtrain.dht.exchange import DhtExchange
 from dtrain.dht.heartbeats import Heartbeats
 from dtrain.dht.identity import Identity
+from dtrain.dht.peer_settings import PeerSettings
 from dtrain.dht.records import SignedRecords
 from dtrain.dht.tokens import Revocations
 from dtrain.experiments.dashboard_app import create_app
@@ -138,8 +139,9 @@ def test_counts_outlive_a_network_process(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(dht_exchange, "NetworkProcess", lambda *_: Process(private_folder=tmp_path))
     worker = DhtExchange(PeerSettings(tmp_path / "identity.key"))
-    swarm: dict[str, Any] = {"event": "swarm", "peers": [], "traffic": [0, 0]}
+    swarm: dict[str, Any] = {"event": "swarm", "peers": [], "traffic": [40, 30, 100]}
     worker._hear({**swarm, "refusals": {"no-token": 2, "expired": 1}})
     worker._come_back()
     worker._hear({**swarm, "refusals": {"no-token": 3}})
     assert worker.refusals() == {"no-token": 5, "expired": 1}
+    assert (worker.traffic(), worker.wire_bytes()) == ((80, 60), 200)

@@ -14,7 +14,8 @@ import pytest
 from swarm_tools import eventually
 
 from dtrain.compression.spec import CodecSpec
-from dtrain.dht.exchange import DhtExchange, PeerSettings
+from dtrain.dht.exchange import DhtExchange
+from dtrain.dht.peer_settings import PeerSettings
 from dtrain.dht.state_files import State
 
 pytestmark = [pytest.mark.timeout(200), pytest.mark.xdist_group("processes")]

@@ -76,8 +76,8 @@ def test_first_come_first_served() -> None:
     assert order == ["a", "heartbeat", "b", "c"]
 
 
-def test_traffic_is_counted_as_the_limits_count_it() -> None:
-    """Of payload bytes by themselves, and with what they take on the wire: as much as a rate of that would let pass."""
+def test_traffic_is_counted_with_what_it_takes() -> None:
+    """Messages' bytes by themselves, and both ways together with headers and all."""
     traffic = Traffic()
 
     async def carry() -> None:
@@ -87,5 +87,5 @@ def test_traffic_is_counted_as_the_limits_count_it() -> None:
 
     asyncio.run(carry())
     assert (traffic.up, traffic.down) == (10_000, 1000)
-    wanted = (11_000 + 20 * transport.MESSAGE_OVERHEAD_BYTES) / transport.WIRE_SHARE
+    wanted = (11_000 + 20 * transport.MESSAGE_OVERHEAD_BYTES) / transport.COUNTED_SHARE
     assert traffic.wire_bytes == round(wanted) > 11_000

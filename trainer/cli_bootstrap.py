@@ -92,7 +92,7 @@ def _serve(
     from dtrain.dht import rendezvous
     from dtrain.dht.archive import Archive
     from dtrain.dht.bystander import keep_reachable
-    from dtrain.dht.exchange import PeerSettings
+    from dtrain.dht.peer_settings import PeerSettings
     from dtrain.dht.process import ExchangeError
     from dtrain.trainer.control import Control
     from dtrain.trainer.control_server import ControlServer

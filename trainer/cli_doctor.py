@@ -80,7 +80,8 @@ def _checks(args: argparse.Namespace, invite: Invite | None) -> Iterator[Check]:
 def _network_checks(args: argparse.Namespace, invite: Invite) -> Iterator[Check]:
     """As a peer with an identity of its own, which is gone afterwards."""
     from dtrain.dht.bystander import distance
-    from dtrain.dht.exchange import DhtExchange, PeerSettings
+    from dtrain.dht.exchange import DhtExchange
+    from dtrain.dht.peer_settings import PeerSettings
     from dtrain.dht.process import ExchangeError
     from dtrain.trainer import doctor
     from dtrain.trainer.signing import SignedManifest

@@ -59,7 +59,8 @@ def _meant(what: str, folder: Path) -> tuple[set[bytes], set[bytes]]:
 
 
 def _publish(run_id: str, manifest_hash: bytes, addresses: list[str], blob: bytes) -> None:
-    from dtrain.dht.exchange import DhtExchange, PeerSettings, run_prefix
+    from dtrain.dht.exchange import DhtExchange, run_prefix
+    from dtrain.dht.peer_settings import PeerSettings
     from dtrain.dht.process import ExchangeError
 
     with tempfile.TemporaryDirectory(prefix="dtrain-revoke-") as scratch:

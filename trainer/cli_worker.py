@@ -114,7 +114,8 @@ class Session:
             self.proposed = proposed_manifest(args, run_id)
 
     def _start_network(self) -> DhtExchange:
-        from dtrain.dht.exchange import DhtExchange, PeerSettings
+        from dtrain.dht.exchange import DhtExchange
+        from dtrain.dht.peer_settings import PeerSettings
 
         args = self.args
         settings = PeerSettings(

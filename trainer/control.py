@@ -97,6 +97,7 @@ class Control:
         self._version = 0
         self._paused = self._finishing = False
         self._looked, self._reason = 0.0, ""
+        self.spent = False  # the day's or the month's traffic is used up
         # How many bytes this worker has had on the wire, both ways; how it is stopped; what it says of itself.
         self.used_bytes: Callable[[], int] = lambda: 0
         self.stop_worker: Callable[[str], None] = lambda reason: None
@@ -161,14 +162,17 @@ class Control:
         limits, machine = self.limits, self._machine
         if self._budget is not None:
             self._budget.count(self.used_bytes())
+        today = bool(limits.daily_gb) and self.bytes_today >= limits.daily_gb * GIGA
+        month = bool(limits.monthly_gb) and self.bytes_this_month >= limits.monthly_gb * GIGA
+        self.spent = today or month
         if limits.memory_gb and (used := machine.memory_gb()) > limits.memory_gb:
             self.stop_worker(f"it uses {used:.1f} GB of memory, and {limits.memory_gb:g} GB is your limit")
             return "more memory used than your limit"
         if not limits.may_train_at(machine.now()):
             return f"outside your hours {limits.hours}"
-        if limits.daily_gb and self.bytes_today >= limits.daily_gb * GIGA:
+        if today:
             return f"your {limits.daily_gb:g} GB of today are used up; on from midnight"
-        if limits.monthly_gb and self.bytes_this_month >= limits.monthly_gb * GIGA:
+        if month:
             return f"your {limits.monthly_gb:g} GB of this month are used up; on from the first"
         if not limits.on_battery and machine.on_battery():
             return "on battery; on again with mains power"

@@ -99,8 +99,9 @@ def is_archive(view: PeerView) -> bool:
 
 
 def can_give(view: PeerView) -> bool:
-    """Whether rounds and state can be had from a peer: it has them, and can be dialled."""
-    return view.status["state"] != "joining" and view.status.get("reach") != "client"
+    """Whether rounds and state can be had from a peer: it has them, gives them, and can be dialled."""
+    says_so = view.status["state"] != "joining" and view.status.get("gives", True) is True
+    return says_so and view.status.get("reach") != "client"
 
 
 class Given(Protocol):
@@ -168,9 +169,9 @@ class Exchange(Protocol):
     def announce(self, status: Mapping[str, object]) -> None:
         """Say where this worker stands (never blocks; repeated in the background until the next call).
 
-        Keys that the exchange itself reads: `round` (int), `digest` (hex), `work` (float, tokens in theta's history)
-        and `state` (str; peers in one of the `ABSENT` states are not waited for). All values must be str, int, float
-        or bool.
+        Keys that the exchange itself reads: `round` (int), `digest` (hex), `work` (float, tokens in theta's history),
+        `gives` (False: others are not to ask for rounds and state) and `state` (str; peers in one of the `ABSENT`
+        states are not waited for). All values must be str, int, float or bool.
         """
 
     def post(self, topic: str, note: bytes) -> None:

@@ -50,6 +50,7 @@ class Reporter:
     bar: Bar | None = None  # for the user at a terminal
     started: float = field(init=False)
     tokens: int = 0  # trained by this worker, all its life
+    gives: bool = True  # whether others may ask us for state and past rounds
     _state: str = "starting"
     _pace: Pace = field(init=False)
     _trained_s: float = 0.0  # in the last round's inner steps
@@ -89,6 +90,7 @@ class Reporter:
                 "digest": self.outer.digest.hex(),
                 "work": float(self.outer.tokens),
                 "state": self._state,
+                **({} if self.gives else {"gives": False}),
                 "name": self.name,
                 "device": self.device,
                 "tokens": self.tokens,

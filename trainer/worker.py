@@ -158,14 +158,21 @@ class Worker:
         return fetched
 
     def _hold(self) -> None:
-        """Stand aside, with nothing under way, until this machine may train again; others still get state from us."""
+        """Stand aside, with nothing under way, until this machine may train again; others still get state from us, but
+        where it is our traffic that is used up."""
         self._settle()
         self.keeper.save()
         self.report.state("paused")
-        if self.duty.hold(self._is_over, self.report.say):
+        if self.duty.hold(self._is_over, self._say_held):
             self._catch_up()
             self.local.flat.copy_(self.outer.state.theta_flat)
             self.pacer.came_late = True
+
+    def _say_held(self, text: str) -> None:
+        """Why we hold now, or that we go on."""
+        self.report.gives = not self.control.spent
+        self.report.announce()
+        self.report.say(text)
 
     # ------------------------------------------------------------------ one round, stage by stage
 
