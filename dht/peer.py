@@ -103,17 +103,9 @@ class NetworkPeer:
         self._private = Path(args["private_folder"])
         patch_hivemind(self._private, self._traffic)
         self._identity = identity = load_or_create(Path(args["identity"]))
+        wanted = {name: args[name] for name in ("host", "port", "announce", "passes_on", "relays", "strict")}
         self._connection = await attach(
-            identity,
-            self._private,
-            host=args["host"],
-            port=args["port"],
-            announce=args["announce"],
-            peers=args["initial_peers"],
-            before=args["reach_before"],
-            passes_on=args["passes_on"],
-            relays=args["relays"],
-            strict=args["strict"],
+            identity, self._private, peers=args["initial_peers"], before=args["reach_before"], **wanted
         )
         self._p2p, self._node = self._connection.p2p, self._connection.node
         # Without it we are deaf: end, and be restarted.
