@@ -23,6 +23,7 @@ from dtrain.compression.codec import Codec
 from dtrain.dht.archive import FetchedState
 from dtrain.dht.outcome import PeerView
 from dtrain.trainer.archive import Archivist, Kept, StateFile
+from dtrain.trainer.estimate import Estimate
 from dtrain.trainer.exchange import Provider, Watch, is_archive
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.model import GPT
@@ -217,6 +218,23 @@ def test_with_an_archive_a_worker_is_not_cut_off(reach: str) -> None:
     there = Others(record("a", "archiving", reach="direct"))
     assert verdict(there, is_client=reach == "client", is_cut_off=True)["verdict"] == "alone"
     assert is_archive(PeerView("a", there.records[0].status, 0.0))
+
+
+def test_a_run_that_only_an_archive_has_is_offered_as_such() -> None:
+    """Who is asked whether to join reads that nobody trains it now, and that its weights are there."""
+    cost = Estimate(
+        download_bytes=3.7e6,
+        up_bytes_per_h=0.0,
+        down_bytes_per_h=0.0,
+        memory_bytes=1e9,
+        tokens_per_s=100.0,
+        share_percent=100.0,
+        round_s=5.0,
+        round=5,
+        workers=0,
+    )
+    shown = cost.lines(quick_manifest(), 10**6)
+    assert "nobody in it now, 5 rounds done and kept" in shown and "3.7 MB to download" in shown
 
 
 # ---------------------------------------------------------------------- without the model's memory

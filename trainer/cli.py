@@ -47,7 +47,7 @@ GROUPS = {
         "tokenizer": ("dtrain.trainer.cli_tokenizer", "train a tokenizer, or look at one"),
         "bootstrap": (
             "dtrain.trainer.cli_bootstrap",
-            "keep a run reachable from a small server, without training",
+            "keep a run reachable, and its newest weights, on a small server",
         ),
         "invite": ("dtrain.trainer.cli_invite", "print an invite to a run that this machine takes part in"),
         "revoke": ("dtrain.trainer.cli_revoke", "take back an invite, or shut out one machine"),
