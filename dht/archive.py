@@ -61,6 +61,10 @@ class Archive(DhtExchange):
     def _enter_run(self) -> None:
         self.process.command("archive", **self._run)
 
+    def seen_addresses(self) -> list[str]:
+        """Where peers of the run said that they are, the newest last."""
+        return self._address_book.addresses()
+
     def fetch(self, watch: Watch, *, above: float, wanted: float) -> FetchedState | None:
         """Download a state with at least `wanted` tokens behind it; None when nobody can give one now.
 

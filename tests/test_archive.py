@@ -23,6 +23,7 @@ from dtrain.compression.codec import Codec
 from dtrain.dht.archive import FetchedState
 from dtrain.dht.outcome import PeerView
 from dtrain.trainer.archive import Archivist, Kept, StateFile
+from dtrain.trainer.cli_archive import remember, remembered
 from dtrain.trainer.estimate import Estimate
 from dtrain.trainer.exchange import Provider, Watch, is_archive
 from dtrain.trainer.flat import FlatParameters
@@ -261,6 +262,16 @@ def test_an_archive_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_peers_are_remembered(tmp_path: Path) -> None:
+    """A bootstrap peer that is started again calls those that it knew; nonsense on the disk is nobody."""
+    assert remembered(tmp_path) == []
+    remember(tmp_path, ["/ip4/20.0.0.1/tcp/1/p2p/a", "/ip4/20.0.0.2/tcp/1/p2p/b"])
+    remember(tmp_path, [])  # nobody is heard of at the moment
+    assert remembered(tmp_path) == ["/ip4/20.0.0.1/tcp/1/p2p/a", "/ip4/20.0.0.2/tcp/1/p2p/b"]
+    (tmp_path / "peers.json").write_text("7")
+    assert remembered(tmp_path) == []
+
+
 # ---------------------------------------------------------------------- a run
 
 
@@ -273,8 +284,9 @@ def kept_round(machine: Machine) -> int:
 @pytest.mark.xdist_group("processes")
 @pytest.mark.timeout(400)
 def test_a_run_outlives_its_workers_and_all_bootstrap_peers_but_one(tmp_path: Path) -> None:
-    """The only worker and the first of two bootstrap peers are killed; who joins through the other one has the digest
-    that the worker had after that round, goes on, and what it trains is kept too."""
+    """The only worker and the first of two bootstrap peers are killed, and the other one is started again, with the
+    invite of the dead one; who joins through it has the digest that the worker had after that round, goes on, and what
+    it trains is kept too."""
     here, boots = ("--host", "127.0.0.1"), tmp_path / "boots"
     boots.mkdir()
     with machines(boots, "one", "two") as (one, two), swarm("kept", tmp_path) as run:
@@ -283,18 +295,17 @@ def test_a_run_outlives_its_workers_and_all_bootstrap_peers_but_one(tmp_path: Pa
         serve = ("bootstrap", "--port", "0", "--archive-every", "1", *here)
         first = one.type(*serve, "--run-id", "kept")
         invite = eventually(lambda: re.search(r"dtrain join (\S+)", one.said("out")), "no invite")[1]
-        two.type(*serve, "--invite", invite)
+        other = two.type(*serve, "--invite", invite)
         flags = ("--eval-every", "0", "--no-lan")
         worker = run.start("a", *flags, "--invite", invite, "--max-tokens-per-s", "500")
         eventually(lambda: kept_round(two) >= 2, f"nothing is kept: {two.said('out')}")
-        second = re.search(r"dtrain join (\S+)", two.said("out"))
-        assert second is not None
-
-        for process in (first, worker.process):
+        for process in (first, worker.process, other):
             process.send_signal(signal.SIGKILL)
             process.wait()
         kept = kept_round(two)
-        late = run.start("b", *flags, "--invite", second[1], "--rounds", str(kept + 2))
+        two.type(*serve, "--invite", invite)
+        second = eventually(lambda: re.search(r"dtrain join (\S+)", two.said("out")), two.said("err"))[1]
+        late = run.start("b", *flags, "--invite", second, "--rounds", str(kept + 2))
         joined = late.wait_for("joined")
         assert (joined["source"], joined["round"]) == ("peers", kept)
         assert joined["digest"] == worker.digests()[kept]

@@ -19,6 +19,7 @@ from dtrain.trainer.exchange import ARCHIVING, PeerView, Provider, Watch, can_gi
 
 NOTE = "state.json"
 SHARE = 0.1  # of the time that may go into downloads
+RETRY_S = 5.0  # after a download that did not come about
 LEAVING = ("finished", "leaving")  # who says so will not have the state for us later
 
 
@@ -99,8 +100,10 @@ class StateFile:
         kept = Kept(fetched.round, fetched.work, digest, f"{digest[:16]}.state")
         with self._lock:
             os.replace(fetched.path, self._folder / kept.file)
+            _flush(self._folder / kept.file)  # the note must not outlive a power cut that its file does not
             draft = self._folder / f"{NOTE}.tmp"
             draft.write_text(json.dumps(asdict(kept)) + "\n")
+            _flush(draft)
             os.replace(draft, self._folder / NOTE)
             self.kept = kept
             self._sweep()
@@ -131,6 +134,14 @@ class StateFile:
         if hashlib.sha256(b"".join(hashes)).hexdigest() != kept.digest:
             raise OSError(f"{kept.file} is not what it was when it was written")
         return Given(kept.round, kept.work, bytes.fromhex(kept.digest), hashes)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class Archivist:
@@ -166,6 +177,7 @@ class Archivist:
         fetched = self._source.fetch(self._watch, above=have, wanted=max(map(work_of, ahead)))
         now = self._clock()
         if fetched is None:
+            self._not_before = now + RETRY_S
             return False
         self._not_before = now + max(self._every_s, (now - began) / SHARE)
         try:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +20,30 @@ if TYPE_CHECKING:
     from dtrain.trainer.signing import SignedManifest
     from dtrain.trainer.voice import Voice
 
+PEERS = "peers.json"
 LOOK_S = 1.0
 END_S = 1.0
 STAGE = "Getting the run's state"
 MEGA = 1e6
+
+
+def remembered(folder: Path) -> list[str]:
+    """Addresses of peers that were there when this bootstrap peer ran last: else, started again alone, it would begin
+    a DHT of its own beside theirs."""
+    try:
+        return [str(address) for address in json.loads((folder / PEERS).read_text())]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def remember(folder: Path, addresses: list[str]) -> None:
+    """Keep them for `remembered`, if there are any and they are new."""
+    if not addresses or addresses == remembered(folder):
+        return
+    draft = folder / f"{PEERS}.tmp"
+    with suppress(OSError):  # a full disk must not end what else is served
+        draft.write_text(json.dumps(addresses) + "\n")
+        os.replace(draft, folder / PEERS)
 
 
 class ArchiveThread:
@@ -70,6 +93,7 @@ class ArchiveThread:
             return
         while not self._stop.wait(LOOK_S):
             archivist.look()
+            remember(self._folder, self._exchange.seen_addresses())
 
     def _open(self) -> StateFile:
         """Take part in the run as one that keeps its state."""

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtrain.trainer.cli_archive import ArchiveThread
+from dtrain.trainer.cli_archive import ArchiveThread, remembered
 from dtrain.trainer.cli_run import (
     REACH_LINES,
     check_address,
@@ -104,10 +104,10 @@ def _serve(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
-    peers = invite.addresses if invite else ()
-    exchange = Archive(
-        PeerSettings(folder / "identity.key", args.host, args.port, initial_peers=tuple(peers))
-    )
+    peers = (*(invite.addresses if invite else ()), *remembered(folder))
+    exchange = Archive(PeerSettings(folder / "identity.key", args.host, args.port, initial_peers=peers))
+    if (folder / "manifest.json").exists():  # who served before comes back, also while nobody else is there
+        exchange.reach = "direct"
     stack.callback(exchange.close)
     control.used_bytes = exchange.wire_bytes
     try:
