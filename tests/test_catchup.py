@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -232,6 +233,21 @@ def test_a_state_that_does_not_match_its_digest_is_not_taken_over(place: int) ->
     with pytest.raises(CheckpointError, match="size"):
         outer.take_over(State(given.round, given.work, given.digest, memoryview(blob)[:-4]))
     assert outer.digest == before[0] and torch.equal(outer.state.theta_flat, before[1])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_state_that_is_not_finite_is_not_taken_over(value: float) -> None:
+    """A donor can make up a digest for any bytes: one number that is none would be the end of every weight."""
+    donor = OneDonor(outer_loop())
+    donor.outer.state.theta_flat[7] = value
+    donor.outer._stands_at(1, 1000)
+    blob = bytearray()
+    given = donor.outer.give(blob.extend)
+    outer = outer_loop()
+    before = outer.digest
+    with pytest.raises(CheckpointError, match="not finite"):
+        outer.take_over(State(given.round, given.work, given.digest, memoryview(blob)))
+    assert outer.digest == before
 
 
 def test_without_any_state_a_worker_goes_on_after_a_while() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,12 +106,17 @@ class OuterLoop:
             return Given(self.round, float(self.tokens), self.digest, self._hashes)
 
     def take_over(self, state: State) -> None:
-        """Stand where a donor stands. CheckpointError if the bytes are not those of the state's digest."""
+        """Stand where a donor stands. CheckpointError if the bytes are not those of the state's digest, or not finite:
+        a digest is the donor's word only."""
         own, given, start = self._in_order(), [], 0
         if memoryview(state.blob).nbytes != sum(self.pieces):
             raise CheckpointError("a state of another size")
         for tensor in own:
             values = np.frombuffer(state.blob, "<f4", tensor.numel(), start).astype(np.float32, copy=False)
+            with np.errstate(invalid="ignore"):
+                total = values.sum(dtype=np.float64)  # which no finite fp32 values can overflow
+            if not math.isfinite(total):
+                raise CheckpointError("a state with values that are not finite")
             given.append(torch.from_numpy(values).view_as(tensor))
             start += values.nbytes
         names = sorted(self.strategy.shared_state())
