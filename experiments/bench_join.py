@@ -3,6 +3,9 @@
 Real workers train a model on loopback, held to a rate (`--max-tokens-per-s`) that leaves the cores room. Then newcomers
 that only download, so that their training is not what is measured, get the state all at once; again and again, with
 rounds without a download between. The figure is the median round with downloads over the median round without.
+
+Donors give at `--newcomer-mbps`, which stands in for the half of a home's upload that a donor takes by itself. Without
+a bound (0) loopback is no bound either, and what is measured is how a dozen processes share this machine's cores.
 """
 
 from __future__ import annotations
@@ -59,7 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--newcomers", type=int, default=6, help="that download at once")
     parser.add_argument("--inner-steps", type=int, default=2, help="of 16 tokens, per round")
     parser.add_argument("--rate", type=float, default=10.0, help="tokens per second of each worker")
-    parser.add_argument("--newcomer-mbps", type=float, default=0.0, help="as of `dtrain worker`")
+    parser.add_argument(
+        "--newcomer-mbps",
+        type=float,
+        default=40.0,
+        help="Mbit/s that each donor gives, as of `dtrain worker`; 0 = no bound (default 40: half of a fast home's)",
+    )
     parser.add_argument(
         "--cycles", type=int, default=2, help="pairs of a stretch without and one with downloads"
     )
