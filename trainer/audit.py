@@ -64,6 +64,11 @@ class AuditedFeedback:
         self._expected[self._codec.layout.elements(first_chunk, num_chunks)] += values
         self._feedback.take_over(first_chunk, num_chunks, values)
 
+    def forget(self, payload: bytes, ranges: Sequence[tuple[int, int]]) -> None:
+        """See Feedback."""
+        self._feedback.forget(payload, ranges)
+        self._expected.copy_(self._feedback.state_dict()["feedback"])
+
     def state_dict(self) -> dict[str, Tensor]:
         """See Feedback."""
         return self._feedback.state_dict()

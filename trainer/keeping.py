@@ -1,9 +1,13 @@
 """What a worker keeps on its disk, and how it goes on from there: theta, error feedback, the inner optimizer's state,
-and how much of what it owes as a reducer is in that feedback.
+how much of what it owes as a reducer is in that feedback, and what its payloads have delivered since.
 """
 
 from __future__ import annotations
 
+import logging
+
+from dtrain.compression.codec import Codec
+from dtrain.compression.errors import PayloadError
 from dtrain.trainer.checkpoint import CheckpointStore
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.exchange import Exchange
@@ -13,6 +17,7 @@ from dtrain.trainer.journal import Books
 from dtrain.trainer.mirror import Mirror
 from dtrain.trainer.outer_loop import OuterLoop, named, part
 from dtrain.trainer.reporting import Reporter
+from dtrain.trainer.sent import Ranges, Sent, SentLog, delivered
 from dtrain.trainer.settings import MachineSettings
 
 HANDED = "residual_handed"
@@ -30,10 +35,13 @@ class Keeper:
         inner: Inner,
         report: Reporter,
         books: Books,
+        codec: Codec,
     ):
         self._every = settings.checkpoint_every
         self._exchange, self._outer, self._feedback, self._inner = exchange, outer, feedback, inner
-        self._report, self._books = report, books
+        self._report, self._books, self._codec = report, books, codec
+        self._sent = SentLog(settings.folder / "sent")
+        self._unclear: list[Sent] = []  # payloads of an earlier start, not yet taken out of the feedback
         self._store = CheckpointStore(settings.folder / "checkpoints", settings.keep_checkpoints)
         url = settings.checkpoint_to
         self._mirror = Mirror(url, settings.keep_checkpoints, report.say) if url else None
@@ -51,9 +59,46 @@ class Keeper:
             self._inner.load_state_dict(part(checkpoint.tensors, "inner"))
             self._report.tokens = int(checkpoint.extra.get("own_tokens", 0))
             self._num_handed = int(checkpoint.extra.get(HANDED, 0))
+            self._unclear = self._sent.since(checkpoint.round)
             self._books.note("loaded")
         self._exchange.residual_saved(self._num_handed)
         return checkpoint is not None
+
+    def forget_delivered(self) -> None:
+        """Take out of the loaded feedback what was delivered since, now that theta is the others'.
+
+        What went into rounds that theta does not have (everybody died, and went on from older checkpoints) stays.
+        """
+        for sent in self._unclear:
+            returned = self._ask(sent) if sent.returned is None else sent.returned
+            try:
+                if sent.round < self._outer.round:
+                    self._feedback.forget(sent.payload, delivered(self._codec.num_chunks, returned))
+            except PayloadError as error:  # a spoiled file
+                logging.warning("the payload of round %d cannot be read again: %s", sent.round, error)
+        self._unclear = []
+        self._sent.trim(0, self._outer.round)
+
+    def _ask(self, sent: Sent) -> Ranges:
+        """What of a payload reached nobody, as those know who were in its round; all of it, if nobody was."""
+        outcome, own = self._exchange.fetch_round(sent.round), self._exchange.peer_id
+        if outcome is None or own not in outcome.contributors:
+            return [(0, self._codec.num_chunks)]
+        index = list(outcome.members).index(own)
+        inside = [
+            self._codec.span_of(a) for a in outcome.aggregates if index in dict(self._codec.contributors(a))
+        ]
+        return delivered(self._codec.num_chunks, inside)
+
+    def made(self, payload: bytes, round: int) -> None:
+        """A payload is about to leave."""
+        if self._every:
+            self._sent.made(payload, round)
+
+    def settled(self, round: int, returned: Ranges) -> None:
+        """The round of our newest payload is over, and this of it is back in the feedback."""
+        if self._every:
+            self._sent.settled(round, returned)
 
     def take_over_residual(self, tokens: int) -> None:
         """Our payload of that weight is through: what we owe as a reducer elsewhere goes with the next ones."""
@@ -92,6 +137,7 @@ class Keeper:
         else:
             self._books.note("saved")
             self._exchange.residual_saved(self._num_handed)
+            self._sent.trim(self._outer.round)
             if self._mirror is not None:
                 self._mirror.put(path)
 

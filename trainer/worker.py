@@ -94,7 +94,7 @@ class Worker:
         self.report = Reporter(settings.name, str(device), metrics, exchange, self.outer, say, clock)
         self.report.feed = self.feed
         self.keeper = Keeper(
-            settings, exchange, self.outer, self.feedback, self.inner, self.report, self.books
+            settings, exchange, self.outer, self.feedback, self.inner, self.report, self.books, self.codec
         )
         self.download = DownloadReport(metrics, say, clock)
         self._overlaps = manifest.exchange.overlap == "eager"
@@ -143,6 +143,7 @@ class Worker:
         if self._catch_up():
             source = "peers"
             self.pacer.came_late = True
+        self.keeper.forget_delivered()
         self.local.flat.copy_(self.outer.state.theta_flat)
         self.report.joined(source, began)
         self.report.state("waiting")
@@ -205,6 +206,7 @@ class Worker:
         if not self._overlaps:
             self.report.state("exchanging")
         digest = self.outer.digest
+        self.keeper.made(payload, training.round)
         self.books.made(payload, training.round, digest, training.tokens)
         outcome = self._courier.submit(self._exchange, payload, training, digest)
         self._delivery = Delivery(payload, training, self.local.flat.clone(), outcome)
@@ -231,6 +233,7 @@ class Worker:
         outcome = self.report.waiting_for(delivery.outcome)
         if outcome.verdict in (DONE, ALONE):
             self.feedback.give_back(delivery.payload, outcome.undelivered)
+            self.keeper.settled(delivery.training.round, outcome.undelivered)
             self.keeper.take_over_residual(delivery.training.tokens)
             all_tokens = self.outer.step(outcome.aggregates)
             self.books.settled(outcome, delivery.payload, outcome.undelivered)
@@ -241,6 +244,7 @@ class Worker:
             return True
         everything = [(0, self.codec.num_chunks)]
         self.feedback.give_back(delivery.payload, everything)
+        self.keeper.settled(delivery.training.round, everything)
         self.books.settled(outcome, delivery.payload, everything)
         self._set_aside(delivery.base)
         if outcome.verdict != NO_GROUP:
