@@ -79,7 +79,7 @@ fuzz-atheris: setup
 # Planted secrets are found nowhere, with the real wandb, about a minute.
 canary: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,wandb]'
-	$(BIN)/pytest tests/test_canary.py $(TEST_ARGS)
+	$(BIN)/pytest tests/test_admission.py $(TEST_ARGS)
 
 # Checkpointing killed at 200 random instants, and on a full disk (as root), about a minute.
 checkpoint-torture: setup
