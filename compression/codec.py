@@ -190,6 +190,15 @@ class Codec:
         head, body = wire.open_header(aggregate, _AGGREGATES, checksum=False)
         return tuple(wire.unpack_contributors(head, body)[0])
 
+    def union(self, aggregate: bytes) -> list[tuple[int, bytes]]:
+        """(contributor index, its payload) of a checked exact union; [] of a recompressed aggregate."""
+        head, body = wire.open_header(aggregate, _AGGREGATES, checksum=False)
+        contributors, rest = wire.unpack_contributors(head, body)
+        if head.kind == wire.RECOMPRESSED:
+            return []
+        sections = agg.split_union(rest, len(contributors))
+        return [(index, bytes(section)) for (index, _), section in zip(contributors, sections, strict=True)]
+
     def span_of(self, aggregate: bytes) -> tuple[int, int]:
         """(first chunk, number of chunks) that a checked aggregate covers."""
         head, _ = wire.open_header(aggregate, _AGGREGATES, checksum=False)
@@ -239,10 +248,12 @@ class Codec:
         return int(offset[first_chunk + num_chunks] - offset[first_chunk])
 
     def values(self, payload: bytes) -> torch.Tensor:
-        """What a checked payload says of its range: fp32, its elements in chunk order."""
-        head, section = self._open(payload)
+        """What a checked payload or recompressed aggregate says of its range: fp32, its elements in chunk order."""
+        head, body = wire.open_header(payload, (wire.PAYLOAD, wire.RECOMPRESSED), checksum=False)
+        fmt = self.payload_format if head.kind == wire.PAYLOAD else self.aggregate_format
+        entries = head.num_contributors * wire.CONTRIBUTOR_BYTES
         out = torch.zeros(self._numel(head.first_chunk, head.num_chunks))
-        self._add(self.payload_format, section, 1.0, out)
+        self._add(fmt, fmt.parse(body[entries:], head.first_chunk, head.num_chunks), 1.0, out)
         return out
 
     def open_section(self, payload: bytes) -> Section:

@@ -59,7 +59,9 @@ def screen(codec: Codec, sections: Sequence[Section], first_chunk: int, num_chun
     """Judge the sections of one span. At least one is always kept."""
     if len(sections) < MIN_MEMBERS:
         return Screened(list(sections))
-    products, num_values = _products(codec, [section for _, _, section in sections], first_chunk, num_chunks)
+    products, num_values = scalar_products(
+        codec, [section for _, _, section in sections], first_chunk, num_chunks
+    )
     factors, reasons = judge(products, np.array([weight for _, weight, _ in sections]), num_values)
     kept = [
         (index, float(factor), section)
@@ -120,7 +122,7 @@ def _cosines(products: Floats, norms: Floats, counts: Floats) -> Floats:
     return found
 
 
-def _products(
+def scalar_products(
     codec: Codec, sections: Sequence[bytes], first_chunk: int, num_chunks: int
 ) -> tuple[Floats, float]:
     """Scalar products [members, members], and the mean number of values that are not 0."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any, AsyncIterator  # noqa: UP035  # hivemind recognizes streams by typing's AsyncIterator only
 
 import torch
@@ -22,10 +21,12 @@ from hivemind.proto import averaging_pb2
 from hivemind.utils import get_dht_time
 
 from dtrain.compression.codec import Codec
+from dtrain.compression.residual import Piece
 from dtrain.dht.faults import FaultPlan, spoil_hello
 from dtrain.dht.groups import Groups
 from dtrain.dht.heartbeats import Heartbeats
 from dtrain.dht.history import RoundHistory, RoundRecord, as_others_have_it, fetch_round
+from dtrain.dht.identity import Identity
 from dtrain.dht.kept_residual import KeptResidual
 from dtrain.dht.matchmaking import RoundMatchmaking, Ticket
 from dtrain.dht.membership import Contribution, agree_on_members, pack_hello
@@ -33,6 +34,7 @@ from dtrain.dht.reachability import CLIENT
 from dtrain.dht.rounds import RoundRunner
 from dtrain.dht.state_donor import StateDonor
 from dtrain.dht.streams import answer, first_header, in_background
+from dtrain.dht.terms import RunTerms
 from dtrain.dht.uplink import Uplink
 
 REQUEST_TIMEOUT_S = 3.0  # a leader that does not answer within this is passed over
@@ -42,29 +44,6 @@ MAX_HEADER_SIZE_FIELD = 2**62  # sizes are judged where the blob is read
 
 Method = Callable[[AsyncIterator[BytesValue]], Awaitable[AsyncIterator[BytesValue]]]
 Reply = tuple[dict[str, Any], "bytes | memoryview"]
-
-
-@dataclass(frozen=True)
-class RunTerms:
-    """What the averager must know of the run's manifest. Times in seconds."""
-
-    prefix: str
-    manifest_hash: bytes
-    matchmaking_s: float
-    round_timeout_s: float
-    sender_timeout_s: float
-    exact_up_to: int
-    max_weight: float  # tokens that one worker can be credited with per round
-    screens: bool = False  # whether reducers judge what they sum
-
-    @property
-    def run_tag(self) -> bytes:
-        return self.manifest_hash[:8]
-
-    @property
-    def longest_round_s(self) -> float:
-        """No round takes longer, with a try in vain and every time-out in it."""
-        return 2 * (self.matchmaking_s + self.round_timeout_s + self.sender_timeout_s)
 
 
 class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind ships no types
@@ -81,6 +60,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         donor: StateDonor,
         *,
         reach: str,
+        identity: Identity,
         residual: KeptResidual,
         faults: FaultPlan,
         door: Heartbeats,
@@ -95,10 +75,13 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             client_mode=reach == CLIENT,
             allow_state_sharing=False,
         )
-        self.terms, self.codec, self._donor = terms, codec, donor
+        self.terms, self.codec, self._donor, self._identity = terms, codec, donor, identity
         self._reach, self._door = reach, door
         # Told of each round that came about: whose contributions count in it, by tokens.
         self.on_round: Callable[[int, dict[str, float]], None] = lambda round, weights: None
+        self.on_sums: Callable[[RoundRunner, RoundRecord], None] = lambda runner, record: None
+        # Told of peers that have come to a round on another theta than ours.
+        self.on_split: Callable[[int, list[str]], None] = lambda round, peers: None
         self.schema_hash = terms.manifest_hash  # peers of another manifest are refused while matchmaking
         self.history = RoundHistory()
         self._groups = Groups()
@@ -106,6 +89,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         self.residual = residual
         self._uplink = Uplink()
         self._own_span = (0, 0)  # of the newest round that came to an end
+        self._parted: list[Piece] = []  # of the residual, to be handed over besides what is released
 
     async def open(self, p2p: P2P) -> None:
         """Begin to answer other peers."""
@@ -155,10 +139,16 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             group.peer_ids, group.gathered, contribution.round, self.terms.max_weight, self._door.proves
         )
         ids = [member.peer_id for member in members]
-        if str(self.peer_id) not in ids:
+        ours = str(self.peer_id) in ids
+        self.on_split(
+            contribution.round,
+            [peer for peer in map(str, group.peer_ids) if peer not in ids] if ours else ids,
+        )
+        if not ours:
             self._running_groups[group.group_id].cancel()
             return RoundRecord(contribution.round, contribution.base_digest, ids, stale=True, wait_s=wait_s)
         self.residual.forget()  # this round is the swarm's: no later one counted, nor did an earlier try at it
+        self._parted += self.residual.part()
         recompress = len(members) > self.terms.exact_up_to
         runner = RoundRunner(
             codec=self.codec,
@@ -169,6 +159,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             members=members,
             own_index=ids.index(str(self.peer_id)),
             payload=contribution.payload,
+            identity=self._identity,
             residual=self.residual if recompress else None,
             call=lambda j, name: self.method(ids[j], name),
             round_timeout_s=self.terms.round_timeout_s,
@@ -184,6 +175,8 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         self._uplink.measure(runner.uploads)
         for reason in runner.refused.values():
             self._door.count(f"update-{reason}")
+        for _ in runner.left_out_by:
+            self._door.count("left-out")
         self._faults.happen("before-report", contribution.round)
         record = runner.record(wait_s=wait_s, exchange_s=time.monotonic() - started)
         if time.monotonic() > started + self.terms.round_timeout_s + LATE_S:
@@ -192,6 +185,8 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             await asyncio.to_thread(self.residual.judge, record.aggregates)
         if record.aggregates and not record.stale:  # else it was no round, to be handed on to nobody
             self._own_span = runner.own_span if recompress else (0, 0)
+            if recompress:
+                self.on_sums(runner, record)
             self.history.keep(record)
             inside = set(record.contributors)
             self.on_round(record.round, {m.peer_id: m.weight for m in members if m.peer_id in inside})
@@ -206,7 +201,8 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
 
     def release_residual(self, *, all: bool) -> dict[str, Any]:
         """See `trainer.exchange`; each piece as a list, its values as bytes."""
-        released = self.residual.release(*((0, 0) if all else self._own_span))
+        released = [*self._parted, *self.residual.release(*((0, 0) if all else self._own_span))]
+        self._parted = []
         pieces = [[first, count, values.numpy().tobytes()] for first, count, values in released]
         return {"released": pieces, "num_handed": self.residual.num_handed}
 

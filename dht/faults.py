@@ -7,9 +7,11 @@ matchmaking      before the group is sought                          kill, stop,
 first-part-sent  after the first piece of our section to a reducer   kill, stop, close
 half-sent        when half of it is sent                             kill, stop, close
 section          what we send to reducers                            garbage, nan, wrong-shape, stale-round
+sum              what we make of our span's sections                 wrong-sum, leave-out
 reduced          when our own span is reduced                        kill, stop
 half-delivered   when half of an aggregate is sent to a member       kill, stop, close
 aggregate        what we send to members                             garbage, wrong-shape, weight
+audit            whom we audit once the round counts                 all
 before-report    when the round is done, before the worker hears     kill, stop
 
 Without the variable every hook is a look into an empty list.
@@ -103,6 +105,17 @@ class FaultPlan:
         subprocess.Popen(command, start_new_session=True)
         os.kill(worker, signal.SIGSTOP)
         os.killpg(group, signal.SIGSTOP)
+
+    def missum(
+        self, round: int, sections: Sequence[tuple[int, float, bytes]]
+    ) -> Sequence[tuple[int, float, bytes]]:
+        """What is summed instead of `sections`, where that is planned: well-formed, as a cheat would do it."""
+        kind = self.take("sum", round)
+        if kind == "wrong-sum":  # everybody counts, but all with the first one's section
+            return [(index, weight, sections[0][2]) for index, weight, _ in sections]
+        if kind == "leave-out":
+            return sections[1:]
+        return sections
 
     def spoil(self, point: str, round: int, blob: bytes) -> bytes:
         """What goes out instead of `blob`, where that is planned."""

@@ -20,6 +20,7 @@ from dtrain.dht.admissions import Admissions
 from dtrain.dht.door import Entry
 from dtrain.dht.greetings import NOBODY, Greeting, Greetings, News
 from dtrain.dht.introductions import Introductions
+from dtrain.dht.outcasts import Outcasts
 from dtrain.dht.peer_record import ABSENT, PeerRecord
 from dtrain.dht.reachability import CLIENT
 from dtrain.dht.records import MAX_LIFETIME_S, PASS_FIELD, pack_status, unpack_status
@@ -66,6 +67,7 @@ class Heartbeats:
             crowd=self._crowd,
             meet=self._introductions.meet,
         )
+        self.outcasts = Outcasts(lambda: int(self.status["round"]))
         self._at_the_door: dict[str, str] = {}  # who is not let in, and why; "" = not decided yet
         self._known: dict[str, PeerRecord] = {}
         self._misfits: dict[object, float] = {}  # whose record is no heartbeat: when its newest runs out
@@ -127,7 +129,8 @@ class Heartbeats:
 
     def refuses(self, peer_id: str) -> str:
         """Why a peer that asks for something is refused, or ""; counted."""
-        return "" if self.admissions is None else self.admissions.door.refuses(peer_id)
+        why = self.outcasts.why(peer_id)
+        return why or ("" if self.admissions is None else self.admissions.door.refuses(peer_id))
 
     def count(self, reason: str) -> None:
         """Something of another peer was refused for that reason."""
@@ -148,16 +151,20 @@ class Heartbeats:
 
     def _refusal(self, peer_id: str) -> str:
         """What a peer that greets us is told: who has not said anything of itself only listens."""
+        if why := self.outcasts.why(peer_id):
+            return why
         if self.admissions is not None and peer_id in self._known:
             return self.admissions.door.opinion(peer_id)
         return self._at_the_door.get(peer_id, "")
 
     def _is_in(self, peer_id: str) -> bool:
+        if self.outcasts.why(peer_id):
+            return False
         return self.admissions is None or not self.admissions.door.opinion(peer_id)
 
     async def _let_in(self, peer_id: str, shown: bytes) -> bool:
         if self.admissions is None or self._is_in(peer_id):
-            return True
+            return not self.outcasts.why(peer_id)
         self._at_the_door.setdefault(peer_id, "")
         reason = await self.admissions.consider(peer_id, shown)
         if reason:

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dtrain.compression import audit
 from dtrain.compression.codec import Codec
+from dtrain.compression.errors import CompressionError
 from dtrain.compression.residual import Piece, Residual
+from dtrain.dht.seals import Seal
 
 KEPT, AHEAD = "kept.safetensors", "ahead.safetensors"
 METADATA_KEY = "dtrain"
@@ -34,12 +37,21 @@ Handed = tuple[int, Piece]
 
 
 @dataclass(frozen=True)
+class Commitment:
+    """A reducer's word on what it keeps: `leaves` are those of the sealed span (`compression/audit.py`)."""
+
+    seal: Seal
+    leaves: Sequence[bytes]
+
+
+@dataclass(frozen=True)
 class Unsure:
     """A reduced span of which it is not yet known whether it counts."""
 
     round: int
     aggregate: bytes  # its SHA-256
     residual: Residual  # what is kept if it counts
+    commitment: Commitment | None  # to that
 
 
 class KeptResidual:
@@ -52,6 +64,8 @@ class KeptResidual:
         self._handed: list[Handed] = []
         self.num_handed = 0  # hand-overs so far
         self.unsure: Unsure | None = None
+        self.commitment: Commitment | None = None
+        """To all that is kept; None when there is nothing, or not what any sum has left over."""
         if folder is not None:
             self._take_up(folder)
 
@@ -62,18 +76,25 @@ class KeptResidual:
         return self._residual.draw(first_chunk, num_chunks, weight)
 
     def reduced(
-        self, round: int, span: tuple[int, int], weight: float, values: Tensor, aggregate: bytes
+        self,
+        round: int,
+        span: tuple[int, int],
+        weight: float,
+        values: Tensor,
+        aggregate: bytes,
+        commitment: Commitment | None = None,
     ) -> None:
         """A span's sum left `values` over, in an aggregate that nobody has yet; `settle` or `forget` follows."""
         after = self._residual.settled(*span, weight, values)
-        self.unsure = Unsure(round, hashlib.sha256(aggregate).digest(), after)
-        self._write(AHEAD, after, {"round": round, "aggregate": self.unsure.aggregate.hex()})
+        self.unsure = Unsure(round, hashlib.sha256(aggregate).digest(), after, commitment)
+        self._write_ahead(self.unsure)
 
     def settle(self) -> None:
         """The aggregate counts."""
         if self.unsure is None:
             return
-        self._residual, self.unsure = self.unsure.residual, None
+        self._residual, self.commitment = self.unsure.residual, self.unsure.commitment
+        self.unsure = None
         if self._folder is not None:
             with suppress(OSError):  # it could not be written, which was said then
                 _flush(self._folder / AHEAD)
@@ -106,12 +127,24 @@ class KeptResidual:
     def release(self, first_chunk: int = 0, num_chunks: int = 0) -> list[Piece]:
         """See `Residual.release`. The pieces stay on the disk until `saved`."""
         pieces = self._residual.release(first_chunk, num_chunks)
+        if not self._residual.pieces or any(self._is_committed(first, count) for first, count, _ in pieces):
+            self.commitment = None
         if pieces:
             self.num_handed += 1
             if self._folder is not None:
                 self._handed += [(self.num_handed, piece) for piece in pieces]
-            self._write(KEPT, self._residual, {})
+            self._write(KEPT, self._residual, self._seal_note(self.commitment))
         return pieces
+
+    def part(self) -> list[Piece]:
+        """What no seal vouches for is handed over before the next sum: an audit could not tell where it is from."""
+        return self.release() if self.commitment is None else []
+
+    def _is_committed(self, first_chunk: int, num_chunks: int) -> bool:
+        if self.commitment is None:
+            return False
+        first, count = self.commitment.seal.span
+        return first < first_chunk + num_chunks and first_chunk < first + count
 
     def saved(self, number: int) -> None:
         """Hand-overs up to this number are in a checkpoint: they need not be kept here any more."""
@@ -125,16 +158,33 @@ class KeptResidual:
             return
         self._handed = [(num, piece) for num, piece in self._handed if num <= number]
         self._residual.add(back)
+        self.commitment = None
         if self.unsure is not None:
             self.unsure.residual.add(back)
-            self._write(
-                AHEAD,
-                self.unsure.residual,
-                {"round": self.unsure.round, "aggregate": self.unsure.aggregate.hex()},
-            )
+            self.unsure = replace(self.unsure, commitment=None)
+            self._write_ahead(self.unsure)
         self._write(KEPT, self._residual, {})
 
     # ------------------------------------------------------------------ files
+
+    def _write_ahead(self, unsure: Unsure) -> None:
+        note = {"round": unsure.round, "aggregate": unsure.aggregate.hex()}
+        self._write(AHEAD, unsure.residual, {**note, **self._seal_note(unsure.commitment)})
+
+    @staticmethod
+    def _seal_note(commitment: Commitment | None) -> dict[str, Any]:
+        return {} if commitment is None else {"seal": commitment.seal.pack().hex()}
+
+    def _commitment(self, residual: Residual, note: dict[str, Any]) -> Commitment | None:
+        """To what a file holds, if it is just that."""
+        if "seal" not in note:
+            return None
+        try:
+            seal = Seal.unpack(bytes.fromhex(note["seal"]))
+            leaves = audit.leaves(self._codec, *seal.span, residual.draw(*seal.span, 1.0))
+        except (ValueError, CompressionError):
+            return None
+        return Commitment(seal, leaves) if audit.root(leaves) == seal.root else None
 
     def _write(self, name: str, residual: Residual, note: dict[str, Any]) -> None:
         if self._folder is None:
@@ -164,10 +214,12 @@ class KeptResidual:
     def _take_up(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if (found := self._read(folder / KEPT)) is not None:
-            self._residual, self._handed, _ = found
+            self._residual, self._handed, note = found
+            self.commitment = self._commitment(self._residual, note)
         if (found := self._read(folder / AHEAD)) is not None:
             after, _, note = found
-            self.unsure = Unsure(int(note["round"]), bytes.fromhex(note["aggregate"]), after)
+            aggregate, commitment = bytes.fromhex(note["aggregate"]), self._commitment(after, note)
+            self.unsure = Unsure(int(note["round"]), aggregate, after, commitment)
         if self.unsure is not None or self._residual.pieces or self._handed:
             logging.info("taken up: what this machine owes as a reducer")
 

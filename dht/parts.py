@@ -24,7 +24,8 @@ CallPeer = Callable[[int, str], Callable[[AsyncIterator[BytesValue]], Awaitable[
 class Parts:
     """What one member holds. A part has the index of the member that is its source.
 
-    `check(j, blob)` raises unless `blob` can be part j, which has `max_bytes(j)` at most.
+    `check(j, header, blob)` raises unless `blob` can be part j, which has `max_bytes(j)` at most, and gives the fields
+    of the header that go on with it to others.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Parts:
         *,
         call: CallPeer,
         header: Header,
-        check: Callable[[int, bytes], None],
+        check: Callable[[int, Header, bytes], Header],
         max_bytes: Callable[[int], int],
         timeout_s: float,
         deadline: float,
@@ -44,6 +45,7 @@ class Parts:
         self._call, self._header, self._check, self._max_bytes = call, header, check, max_bytes
         self._timeout_s = timeout_s
         self.held: dict[int, bytes] = {}
+        self._headers: dict[int, Header] = {}
         self.status = dict.fromkeys(sources, TRYING)
 
     @property
@@ -51,9 +53,9 @@ class Parts:
         """Seconds until the round's deadline."""
         return max(0.05, self.deadline - time.monotonic())
 
-    def keep(self, j: int, blob: bytes) -> None:
-        """Part j is here, and checked."""
-        self.held[j] = blob
+    def keep(self, j: int, header: Header, blob: bytes) -> None:
+        """Part j is here, and checked; `header` is what the check gave."""
+        self.held[j], self._headers[j] = blob, header
         self.status[j] = HAVE
 
     def lose(self, j: int) -> None:
@@ -81,12 +83,12 @@ class Parts:
             )
             if reply.get("status") != HAVE:
                 return TRYING if reply.get("status") == TRYING else WITHOUT
-            self._check(j, blob)
+            header = self._check(j, reply, blob)
         except asyncio.CancelledError:
             raise
         except Exception:  # an unreachable or lying member counts as one without
             return WITHOUT
-        self.keep(j, blob)
+        self.keep(j, header, blob)
         return HAVE
 
     def serve(self, asker_id: str, part: object) -> tuple[Header, bytes]:
@@ -96,7 +98,7 @@ class Parts:
             raise StreamError("no such span")
         blob = self.held.get(part)
         if blob is not None:
-            return {"status": HAVE}, blob
+            return {**self._headers[part], "status": HAVE}, blob
         return {"status": self.status.get(part, WITHOUT)}, b""
 
     def index_of(self, peer_id: str) -> int:

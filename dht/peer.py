@@ -20,7 +20,8 @@ from dtrain.compression.spec import CodecSpec
 from dtrain.compression.warm_up import warm_up
 from dtrain.dht import admissions, manifests, notes, rendezvous, streams
 from dtrain.dht.archive_desk import ArchiveDesk
-from dtrain.dht.averager import RunTerms, SwarmAverager
+from dtrain.dht.audits import open_audits
+from dtrain.dht.averager import SwarmAverager
 from dtrain.dht.connection import attach
 from dtrain.dht.credit_file import FILE as CREDIT_FILE
 from dtrain.dht.distance import Probe, measure_any
@@ -37,6 +38,7 @@ from dtrain.dht.passed_rounds import no_rounds
 from dtrain.dht.reachability import CLIENT, DIRECT, Witness
 from dtrain.dht.receipts import Receipts
 from dtrain.dht.streams import StreamError, in_background
+from dtrain.dht.terms import RunTerms
 from dtrain.dht.transfer import StateTransfer
 from dtrain.dht.transport import Traffic, TransportError, patch_hivemind
 from dtrain.dht.watchdog import Stuck, within
@@ -166,6 +168,7 @@ class NetworkPeer:
             LeaderBoard(self._node.peer_id, self._heartbeats),
             self._transfer.donor,
             reach=self._connection.reach,
+            identity=self._identity,
             residual=await asyncio.to_thread(
                 KeptResidual, self._codec, terms.manifest_hash, Path(args["residual_folder"])
             ),
@@ -173,6 +176,11 @@ class NetworkPeer:
             door=self._heartbeats,
         )
         await self._averager.open(self._p2p)
+        self._audits = await open_audits(
+            self._p2p, self._identity, self._codec, terms, self._heartbeats, faults
+        )
+        self._averager.on_sums = self._audits.note
+        self._averager.on_split = lambda round, peers: self._audits.auditor.compare(round - 1, peers)
         self._receipts = Receipts(
             self._p2p,
             self._identity,

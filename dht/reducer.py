@@ -6,10 +6,17 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
+from dtrain.compression import audit
 from dtrain.compression.codec import Codec
 from dtrain.compression.screen import REASONS, screen
-from dtrain.dht.kept_residual import KeptResidual
+from dtrain.dht.evidence import ReducedSpan
+from dtrain.dht.faults import FaultPlan
+from dtrain.dht.identity import Identity
+from dtrain.dht.kept_residual import Commitment, KeptResidual
 from dtrain.dht.membership import Member
+from dtrain.dht.seals import NOTHING, Setting, Stamp, sign_aggregate
 
 RECONNECT_S = 1.5  # how long a sender whose connection broke may take to come back
 TAKE_S = 3.0  # how long a member that needs the result may take to come for it
@@ -20,8 +27,7 @@ class SpanReducer:
 
     With `screens` the sections are judged by each other before they are summed (`compression/screen.py`).
     A sender is out of the span once it is dropped: its section was bad, or did not come in time. From the moment of
-    reducing on nobody comes in and nobody is dropped. `report(problem)` gets a line about everybody who is;
-    `reduced()` is called when the sum is there, before anybody can have it.
+    reducing on nobody comes in and nobody is dropped. `report(problem)` gets a line about everybody who is.
     """
 
     def __init__(
@@ -30,19 +36,21 @@ class SpanReducer:
         span: tuple[int, int],
         members: Sequence[Member],
         *,
-        run: bytes,
-        round: int,
+        setting: Setting,
+        identity: Identity,
         residual: KeptResidual | None,
         screens: bool,
         report: Callable[[str], None],
-        reduced: Callable[[], object],
+        faults: FaultPlan,
     ):
         self._codec, self.span, self._members = codec, span, members
-        self._run, self._round, self._residual = run, round, residual
-        self._screens, self._report, self._reduced = screens, report, reduced
+        self._setting, self._identity, self._residual = setting, identity, residual
+        self._screens, self._report, self._faults = screens, report, faults
         self.refused: dict[int, str] = {}  # members that are not in the sum for what they sent, and why
-        self.aggregate: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._inbox: dict[int, bytes] = {}
+        self.why_not: dict[int, str] = {}  # in words, of everybody who is not in the sum
+        self.kept: ReducedSpan | None = None  # to answer for the sum, if it is a recompressed one
+        self.aggregate: asyncio.Future[tuple[Stamp, bytes]] = asyncio.get_running_loop().create_future()
+        self._inbox: dict[int, tuple[bytes, bytes]] = {}  # section, its sender's signature
         self._inbox_changed = asyncio.Event()
         self._active = set(range(len(members)))  # senders whose section may still come
         self._connections = [0] * len(members)
@@ -51,16 +59,17 @@ class SpanReducer:
 
     # ------------------------------------------------------------------ sections
 
-    def accept(self, sender: int, section: bytes) -> None:
+    def accept(self, sender: int, section: bytes, signature: bytes) -> None:
         """A member's checked section is here."""
         if sender in self._active and sender not in self._inbox:
-            self._inbox[sender] = section
+            self._inbox[sender] = section, signature
             self._inbox_changed.set()
 
     def drop(self, sender: int, reason: str) -> None:
         """A member's section will not come."""
         if sender in self._active and sender not in self._inbox:
             self._active.discard(sender)
+            self.why_not[sender] = reason
             self._report(f"{self._members[sender].peer_id} is not in our span: {reason}")
             self._inbox_changed.set()
 
@@ -92,34 +101,55 @@ class SpanReducer:
                 await self._inbox_changed.wait()
         finally:
             timeout.cancel()
-        sections = [(i, self._members[i].weight, self._inbox[i]) for i in sorted(self._active)]
+        arrived = [(i, *self._inbox[i]) for i in sorted(self._active)]
         self._inbox, self._active = {}, set()
-        aggregate = await asyncio.to_thread(self._sum, sections)
-        self._reduced()
+        sealed = await asyncio.to_thread(self._sum, arrived)
+        self._faults.happen("reduced", self._setting.round)
         if not self.aggregate.done():
-            self.aggregate.set_result(aggregate)
+            self.aggregate.set_result(sealed)
 
-    def _sum(self, sections: Sequence[tuple[int, float, bytes]]) -> bytes:
+    def _sum(self, arrived: Sequence[tuple[int, bytes, bytes]]) -> tuple[Stamp, bytes]:
         """The span's aggregate. What it leaves out of the sum is on our disk before anybody has the aggregate."""
-        first, count = self.span
+        sections = [(i, self._members[i].weight, section) for i, section, _ in arrived]
         if self._screens:
-            screened = screen(self._codec, sections, first, count)
+            screened = screen(self._codec, sections, *self.span)
             sections, self.refused = screened.sections, screened.refused
             for sender, reason in self.refused.items():
+                self.why_not[sender] = REASONS[reason]
                 self._report(f"{self._members[sender].peer_id} is not in our sum: {REASONS[reason]}")
-        weight = math.fsum(weight for _, weight, _ in sections)
-        left_over = None if self._residual is None else self._residual.draw(first, count, weight)
-        aggregate = self._codec.reduce(
+        sections = list(self._faults.missum(self._setting.round, sections))
+        if self._residual is None:
+            aggregate, inside = self._reduce(sections, None), {i for i, _, _ in sections}
+            seal = sign_aggregate(self._identity, self._setting, self.span, aggregate)
+            return Stamp(seal, tuple(signature for i, _, signature in arrived if i in inside)), aggregate
+        weight, previous = math.fsum(weight for _, weight, _ in sections), self._residual.commitment
+        before = self._residual.draw(*self.span, 1.0)
+        left_over = before / weight
+        aggregate = self._reduce(sections, left_over)
+        leaves = audit.leaves(self._codec, *self.span, left_over * weight)
+        seal = sign_aggregate(
+            self._identity,
+            self._setting,
+            self.span,
+            aggregate,
+            root=audit.root(leaves),
+            previous=NOTHING if previous is None else previous.seal.digest,
+        )
+        ours = Commitment(seal, leaves)
+        self._residual.reduced(self._setting.round, self.span, weight, left_over, aggregate, ours)
+        self.kept = ReducedSpan(self._setting, self.span, arrived, aggregate, ours, before, previous)
+        return Stamp(seal), aggregate
+
+    def _reduce(self, sections: Sequence[tuple[int, float, bytes]], left_over: Tensor | None) -> bytes:
+        first, count = self.span
+        return self._codec.reduce(
             sections,
             residual=left_over,
-            run=self._run,
-            round=self._round,
+            run=self._setting.run,
+            round=self._setting.round,
             first_chunk=first,
             num_chunks=count,
         )
-        if self._residual is not None and left_over is not None:
-            self._residual.reduced(self._round, self.span, weight, left_over, aggregate)
-        return aggregate
 
     # ------------------------------------------------------------------ who has the result
 

@@ -15,12 +15,15 @@ from google.protobuf.wrappers_pb2 import BytesValue
 
 from dtrain.compression.codec import Codec
 from dtrain.compression.errors import PayloadError
+from dtrain.dht.evidence import ReducedSpan
 from dtrain.dht.faults import FaultPlan
 from dtrain.dht.history import RoundRecord
+from dtrain.dht.identity import Identity
 from dtrain.dht.kept_residual import KeptResidual
 from dtrain.dht.membership import Member
 from dtrain.dht.parts import RETRY_PAUSE_S, CallPeer, Parts
 from dtrain.dht.reducer import SpanReducer
+from dtrain.dht.seals import Seal, Setting, check_stamp, is_section_of, sign_section
 from dtrain.dht.streams import Header, Refused, StreamError, ask, read_blob
 from dtrain.dht.uplink import shares
 
@@ -41,6 +44,7 @@ class RoundRunner:
         members: Sequence[Member],
         own_index: int,
         payload: bytes,
+        identity: Identity,
         residual: KeptResidual | None,
         call: CallPeer,
         round_timeout_s: float,
@@ -49,9 +53,10 @@ class RoundRunner:
         faults: FaultPlan | None = None,
         disconnect: Callable[[str], None] = lambda peer_id: None,
     ):
-        self.codec, self.run_tag, self.round, self.group_id = codec, run, round, group_id
-        self.base_digest = base_digest
-        self.members, self.own_index, self._call = members, own_index, call
+        self.codec, self.group_id = codec, group_id
+        self.setting = Setting.of(run, round, base_digest, group_id, members)
+        self.members, self.own_index, self._call, self._identity = members, own_index, call, identity
+        self.payload = payload
         self.spans = codec.spans(shares([m.reduces for m in members], [m.mbps for m in members]))
         self._sections = [codec.cut(payload, *span) if span[1] else b"" for span in self.spans]
         self._round_timeout_s, self._sender_timeout_s = round_timeout_s, sender_timeout_s
@@ -70,17 +75,20 @@ class RoundRunner:
             deadline=time.monotonic() + round_timeout_s,
         )
         self._problems: list[str] = []
+        self.seals: dict[int, Seal] = {}  # of the aggregates that are here
+        self._exact = residual is None
+        self.left_out_by: list[str] = []  # who has our section but not in its sum, and does not say why
         self.uploads: list[tuple[int, float]] = []  # of our sections: bytes, seconds that their receiver read
         self._reducer = SpanReducer(
             codec,
             self.spans[own_index],
             members,
-            run=run,
-            round=round,
+            setting=self.setting,
+            identity=identity,
             residual=residual,  # None = exact unions
             screens=screens,
             report=self._problems.append,
-            reduced=lambda: self._faults.happen("reduced", round),
+            faults=self._faults,
         )
 
     # ------------------------------------------------------------------ sending and collecting
@@ -113,6 +121,11 @@ class RoundRunner:
         return self.spans[self.own_index]
 
     @property
+    def kept(self) -> ReducedSpan | None:
+        """What we answer for our span's sum with; None for an exact union, which shows everything."""
+        return self._reducer.kept
+
+    @property
     def refused(self) -> dict[int, str]:
         """Members whose sections we have kept out of our span's sum, and why."""
         return self._reducer.refused
@@ -129,8 +142,8 @@ class RoundRunner:
                 undelivered.append(list(self.spans[j]))
         held = sorted(aggregates)
         return RoundRecord(
-            round=self.round,
-            base_digest=self.base_digest,
+            round=self.setting.round,
+            base_digest=self.setting.base_digest,
             members=[member.peer_id for member in self.members],
             contributors=[self.members[i].peer_id for i in sorted(inside)],
             spans=[list(self.spans[j]) for j in held],
@@ -143,34 +156,38 @@ class RoundRunner:
 
     async def _collect(self, j: int) -> None:
         try:
-            aggregate = await asyncio.wait_for(self._from_reducer(j), self._patience_s)
+            answer = await asyncio.wait_for(self._from_reducer(j), self._patience_s)
         except asyncio.TimeoutError:
-            aggregate = None
+            answer = None
             self._problems.append(f"{self.members[j].peer_id} did not answer within the round's timeout")
-        if aggregate is not None:
-            self._parts.keep(j, aggregate)
+        if answer is not None:
+            self._parts.keep(j, *answer)
         else:
             await self._parts.from_others(j)
 
-    async def _from_reducer(self, j: int) -> bytes | None:
+    async def _from_reducer(self, j: int) -> tuple[Header, bytes] | None:
+        signature = sign_section(self._identity, self.setting, self.spans[j], self._sections[j])
         if j == self.own_index:
-            self._reducer.accept(j, self._sections[j])
-            return await asyncio.shield(self._reducer.aggregate)
-        header = {"group": self.group_id, "round": self.round}
+            self._reducer.accept(j, self._sections[j], signature)
+            stamp, aggregate = await asyncio.shield(self._reducer.aggregate)
+            self.seals[j] = stamp.seal
+            return stamp.header(), aggregate
+        header = {"group": self.group_id, "round": self.setting.round, "signature": signature}
         for attempt in range(ATTEMPTS):
             try:
                 reply, aggregate = await ask(
                     self._call(j, "rpc_aggregate_part"),
                     header,
-                    self._faults.spoil("section", self.round, self._sections[j]),
+                    self._faults.spoil("section", self.setting.round, self._sections[j]),
                     max_bytes=self._max_aggregate_bytes(j),
                     timeout_s=self._sender_timeout_s,
                     reply_timeout_s=self._parts.left_s,
                     on_sent=functools.partial(self._sent_section, j),
                 )
-                self._check_aggregate(j, aggregate)
+                checked = self._check_aggregate(j, reply, aggregate)
                 self._note_upload(j, reply.get("read_s"))
-                return aggregate
+                self._note_absence(j, reply.get("why_not"), aggregate)
+                return checked, aggregate
             except asyncio.CancelledError:
                 raise
             except Refused as error:
@@ -187,12 +204,24 @@ class RoundRunner:
         if isinstance(read_s, float) and 0 < read_s < self._round_timeout_s:
             self.uploads.append((len(self._sections[j]), read_s))
 
-    def _check_aggregate(self, j: int, aggregate: bytes) -> None:
+    def _note_absence(self, j: int, why_not: object, aggregate: bytes) -> None:
+        """A reducer that has read our section counts it, or says why not."""
+        if self.own_index in dict(self.codec.contributors(aggregate)):
+            return
+        reducer = self.members[j].peer_id
+        if isinstance(why_not, str) and why_not:
+            self._problems.append(f"we are not in the span of {reducer}: {why_not:.200}")
+        else:
+            self.left_out_by.append(reducer)
+            self._problems.append(f"{reducer} leaves us out of its span and does not say why")
+
+    def _check_aggregate(self, j: int, header: Header, aggregate: bytes) -> Header:
+        """The stamp, as it goes on to others."""
         first, count = self.spans[j]
         self.codec.check_aggregate(
             aggregate,
-            run=self.run_tag,
-            round=self.round,
+            run=self.setting.run,
+            round=self.setting.round,
             first_chunk=first,
             num_chunks=count,
             num_members=len(self.members),
@@ -200,6 +229,14 @@ class RoundRunner:
         for index, weight in self.codec.contributors(aggregate):
             if weight > self.members[index].weight:  # less is a reducer's to decide
                 raise PayloadError("wrong-weight", f"weights {self.members[index].peer_id} by {weight}")
+        reducer, union = self.members[j].peer_id, self.codec.union(aggregate)
+        if (
+            bool(union) != self._exact
+        ):  # what is compressed again can be audited, a union shows itself what it is of
+            raise PayloadError("bad-kind", "not the kind of aggregate that this round makes")
+        stamp = check_stamp(header, self.setting, reducer, self.spans[j], aggregate, union)
+        self.seals[j] = stamp.seal
+        return stamp.header()
 
     def _max_aggregate_bytes(self, j: int) -> int:
         return self.codec.max_aggregate_bytes(*self.spans[j], len(self.members))
@@ -208,14 +245,14 @@ class RoundRunner:
 
     def _sent_section(self, j: int, sent: int, total: int) -> None:
         for point in ("first-part-sent", "half-sent") if 2 * sent >= total else ("first-part-sent",):
-            if self._faults.happen(point, self.round) == "close":
+            if self._faults.happen(point, self.setting.round) == "close":
                 self._disconnect(self.members[j].peer_id)
 
     def sent_aggregate(self, member_id: str, sent: int, total: int) -> None:
         """Part of our span's aggregate has gone to a member."""
         if sent == total:
             self._reducer.took(member_id)
-        if 2 * sent >= total and self._faults.happen("half-delivered", self.round) == "close":
+        if 2 * sent >= total and self._faults.happen("half-delivered", self.setting.round) == "close":
             self._disconnect(member_id)
 
     # ------------------------------------------------------------------ serving the other members
@@ -229,7 +266,7 @@ class RoundRunner:
             raise StreamError("no span is reduced here")
         connection, began = self._reducer.connected(sender), time.monotonic()
         try:
-            section = await self._read_section(header, requests)
+            section, signature = await self._read_section(sender, header, requests)
         except (StreamError, asyncio.TimeoutError) as error:
             self._reducer.drop(sender, str(error) or "stalled")
             raise
@@ -237,26 +274,34 @@ class RoundRunner:
             self._reducer.disconnected(sender, connection)
             raise
         read_s = time.monotonic() - began
-        self._reducer.accept(sender, section)
+        self._reducer.accept(sender, section, signature)
         reduced = self._reducer.aggregate
         try:
             # Shielded: a caller that hangs up must not cancel the result that all the others wait for.
-            aggregate = await asyncio.wait_for(asyncio.shield(reduced), self._parts.left_s)
-            return {"read_s": read_s}, self._faults.spoil("aggregate", self.round, aggregate)
+            stamp, aggregate = await asyncio.wait_for(asyncio.shield(reduced), self._parts.left_s)
+            header = {"read_s": read_s, "why_not": self._reducer.why_not.get(sender, ""), **stamp.header()}
+            return header, self._faults.spoil("aggregate", self.setting.round, aggregate)
         except asyncio.CancelledError:
             if reduced.cancelled():
                 raise StreamError("the span was not reduced in time") from None
             raise
 
-    async def _read_section(self, header: Header, requests: AsyncIterator[BytesValue]) -> bytes:
-        first, count = self.spans[self.own_index]
+    async def _read_section(
+        self, sender: int, header: Header, requests: AsyncIterator[BytesValue]
+    ) -> tuple[bytes, bytes]:
+        """A member's section and its signature, both checked."""
+        first, count = span = self.spans[self.own_index]
         limit = self.codec.max_payload_bytes(first, count)
         section = await read_blob(requests, header, max_bytes=limit, timeout_s=self._sender_timeout_s)
         try:
-            self.codec.check(section, run=self.run_tag, round=self.round, first_chunk=first, num_chunks=count)
+            run, round = self.setting.run, self.setting.round
+            self.codec.check(section, run=run, round=round, first_chunk=first, num_chunks=count)
         except PayloadError as error:
             raise StreamError(f"{error.reason}: {error}") from None
-        return section
+        signature: bytes = header.get("signature", b"")
+        if not is_section_of(self.members[sender].peer_id, self.setting, span, section, signature):
+            raise StreamError("bad-signature: its sender has not signed this section for this round")
+        return section, signature
 
     def serve_span(self, asker_id: str, span: object) -> tuple[Header, bytes]:
         """What we can say of a span's aggregate to a member that lacks it. Raises StreamError to refuse."""

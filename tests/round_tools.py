@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgpack
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.wrappers_pb2 import BytesValue
 from stream_tools import Call, Handler, Line, Messages, settled
 
@@ -18,15 +21,19 @@ from dtrain.compression.spec import CodecSpec
 from dtrain.dht import parts, reducer, rounds, streams
 from dtrain.dht.faults import FaultPlan
 from dtrain.dht.history import RoundRecord
+from dtrain.dht.identity import Identity
 from dtrain.dht.kept_residual import KeptResidual
 from dtrain.dht.membership import Member
 from dtrain.dht.rounds import RoundRunner
+from dtrain.dht.seals import sign_section
 from dtrain.dht.streams import Header, StreamError, answer, ask, messages, next_message, parse_header
 
 RUN, ROUND, GROUP, BASE = b"\x01\x02\x03\x04\x05\x06\x07\x08", 7, b"group", bytes(32)
 NUM_ELEMENTS = 64 * 32 * 8
 # One tensor in runs of 64: chunk order is the tensor's own order. 32 chunks make a group, so there are 8 groups.
 CODEC = Codec(CodecSpec(chunk=64, k=32, value_bits=8), [("t", (NUM_ELEMENTS,))])
+IDENTITIES = [Identity(Path(), Ed25519PrivateKey.from_private_bytes(bytes([i] * 32))) for i in range(20)]
+PEERS = [identity.peer_id for identity in IDENTITIES]
 PATIENCE_S = 60.0  # a timeout that must not run out
 SHORT_S = 1.0  # one that will
 
@@ -86,13 +93,17 @@ class Group:
         recompress: bool = False,
         payloads: Sequence[bytes] = (),
         screens: bool = False,
+        after: Group | None = None,
+        faults: Mapping[int, FaultPlan] = MappingProxyType({}),
         round_timeout_s: float = PATIENCE_S,
         sender_timeout_s: float = PATIENCE_S,
     ):
         self.line, self.played = Line(), played
-        self.members = [Member(f"peer{i}", 100.0 + i, i not in indirect) for i in range(num)]
+        self.members = [Member(PEERS[i], 100.0 + i, i not in indirect) for i in range(num)]
         self.payloads = list(payloads) or [make_payload(i) for i in range(num)]
         self.residuals = [KeptResidual(CODEC, RUN) if recompress else None for _ in range(num)]
+        if after is not None:  # the same members, with what they kept as reducers
+            self.residuals = after.residuals
         self.faults: dict[tuple[int, int, str], Fault | None] = {}
         """By (caller, callee, method): what becomes of the callee's handler; None = it cannot be reached."""
         self.runners = [
@@ -101,16 +112,17 @@ class Group:
                 run=RUN,
                 round=ROUND,
                 base_digest=BASE,
-                group_id=GROUP,
+                group_id=GROUP if after is None else b"next",
                 members=self.members,
                 own_index=i,
                 payload=self.payloads[i],
+                identity=IDENTITIES[i],
                 residual=self.residuals[i],
                 call=functools.partial(self.call, i),
                 round_timeout_s=round_timeout_s,
                 sender_timeout_s=sender_timeout_s,
                 screens=screens,
-                faults=FaultPlan(),
+                faults=faults.get(i, FaultPlan()),
                 disconnect=lambda _: None,
             )
             for i in range(num)
@@ -147,7 +159,13 @@ class Group:
     def part(self, caller: int, callee: int, section: bytes) -> Coroutine[Any, Any, tuple[Header, bytes]]:
         """Send a section by hand."""
         call = self.call(caller, callee, "rpc_aggregate_part")
-        return ask(call, {"group": GROUP, "round": ROUND}, section, max_bytes=10**7, timeout_s=PATIENCE_S)
+        header = self.header(caller, callee, section)
+        return ask(call, header, section, max_bytes=10**7, timeout_s=PATIENCE_S)
+
+    def header(self, caller: int, callee: int, section: bytes) -> Header:
+        """What a section is sent with."""
+        signature = sign_section(IDENTITIES[caller], self.runners[0].setting, self.spans[callee], section)
+        return {"group": GROUP, "round": ROUND, "signature": signature}
 
     def section(self, sender: int, reducer: int) -> bytes:
         return CODEC.cut(self.payloads[sender], *self.spans[reducer])

@@ -12,8 +12,8 @@ import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
 from round_tools import (
     CODEC,
-    GROUP,
     PATIENCE_S,
+    PEERS,
     ROUND,
     SHORT_S,
     Group,
@@ -76,8 +76,8 @@ def test_a_sender_of_garbage_is_left_out_at_once(kind: str) -> None:
         await asyncio.gather(*sending)
         group.check(records)
         for record in records:
-            assert record.contributors == ["peer0", "peer1"] and record.undelivered == []
-            assert any(reason in problem and "peer2" in problem for problem in record.problems)
+            assert record.contributors == [PEERS[0], PEERS[1]] and record.undelivered == []
+            assert any(reason in problem and PEERS[2] in problem for problem in record.problems)
 
     play(scenario)
 
@@ -90,8 +90,8 @@ def test_a_sender_that_never_sends_costs_one_sender_timeout() -> None:
         records = await group.run()
         group.check(records)
         for record in records:
-            assert record.contributors == ["peer0", "peer1"] and record.undelivered == []
-            assert record.problems == [f"peer2 is not in our span: nothing within {SHORT_S:g} s"]
+            assert record.contributors == [PEERS[0], PEERS[1]] and record.undelivered == []
+            assert record.problems == [f"{PEERS[2]} is not in our span: nothing within {SHORT_S:g} s"]
 
     play(scenario)
 
@@ -123,9 +123,9 @@ def test_a_sender_that_sends_twice_counts_once() -> None:
     play(scenario)
 
 
-async def halves(section: bytes, go_on: asyncio.Event) -> AsyncIterator[BytesValue]:
+async def halves(said: Header, section: bytes, go_on: asyncio.Event) -> AsyncIterator[BytesValue]:
     """The first half of a section; when told so, the other half; then silence."""
-    header, piece = messages({"group": GROUP, "round": ROUND}, section)
+    header, piece = messages(said, section)
     middle = len(piece.value) // 2
     yield header
     yield BytesValue(value=piece.value[:middle])
@@ -139,7 +139,8 @@ async def send_half(
 ) -> asyncio.Task[tuple[Header, bytes]]:
     """Send half a section; the task sends the rest and reads the reply. Cancelling it breaks the connection."""
     section = group.section(caller, callee)
-    replies = await group.call(caller, callee, "rpc_aggregate_part")(halves(section, go_on))
+    requests = halves(group.header(caller, callee, section), section, go_on)
+    replies = await group.call(caller, callee, "rpc_aggregate_part")(requests)
     reading = asyncio.create_task(read(replies, max_bytes=10**7, timeout_s=PATIENCE_S))
     await turns()
     return reading
@@ -159,7 +160,7 @@ def test_a_sender_may_lose_its_connection_and_come_back() -> None:
         await another
         records = await running
         group.check(records)
-        assert (records[0].contributors, records[0].problems) == (["peer0", "peer1"], [])
+        assert (records[0].contributors, records[0].problems) == ([PEERS[0], PEERS[1]], [])
 
     play(scenario)
 
@@ -175,8 +176,8 @@ def test_a_sender_that_does_not_come_back_is_not_waited_for() -> None:
         records = await running
         group.check(records)
         for record in records:
-            assert record.contributors == ["peer0", "peer2"]
-            assert record.problems == ["peer1 is not in our span: disconnected"]
+            assert record.contributors == [PEERS[0], PEERS[2]]
+            assert record.problems == [f"{PEERS[1]} is not in our span: disconnected"]
 
     play(scenario)
 
@@ -230,16 +231,16 @@ def test_strangers_and_nonsense_are_refused() -> None:
     async def scenario() -> None:
         group = Group(3, indirect=[2])
         runner = group.runners[0]
-        for stranger in ("peer9", "", "peer0"):
+        for stranger in (PEERS[9], "", PEERS[0]):
             with pytest.raises(StreamError, match="not a member"):
                 runner.serve_span(stranger, 0)
             with pytest.raises(StreamError, match="not a member"):
                 await runner.serve_part(stranger, {"size": 0}, nothing())
         for span in (-1, 3, 2**70, None, "0", 0.0, [0]):
             with pytest.raises(StreamError, match="no such span"):
-                runner.serve_span("peer1", span)
+                runner.serve_span(PEERS[1], span)
         with pytest.raises(StreamError, match="no span is reduced here"):
-            await group.runners[2].serve_part("peer1", {"size": 0}, nothing())
+            await group.runners[2].serve_part(PEERS[1], {"size": 0}, nothing())
 
     play(scenario)
 
@@ -251,13 +252,14 @@ def test_a_member_says_what_it_knows_of_a_span() -> None:
         group = Group(3, played=[1], indirect=[2])
         group.break_reducer(1, refusing)
         runner = group.runners[0]
-        assert runner.serve_span("peer1", 0) == ({"status": parts.TRYING}, b"")
+        assert runner.serve_span(PEERS[1], 0) == ({"status": parts.TRYING}, b"")
         sending = asyncio.create_task(group.part(1, 0, group.section(1, 0)))
         records = await group.run()
         await sending
-        assert runner.serve_span("peer1", 0) == ({"status": parts.HAVE}, records[0].aggregates[0])
-        assert runner.serve_span("peer1", 1) == ({"status": parts.WITHOUT}, b"")
-        assert runner.serve_span("peer1", 2) == ({"status": parts.WITHOUT}, b"")
+        header, aggregate = runner.serve_span(PEERS[1], 0)
+        assert (header["status"], aggregate) == (parts.HAVE, records[0].aggregates[0])
+        assert runner.serve_span(PEERS[1], 1) == ({"status": parts.WITHOUT}, b"")
+        assert runner.serve_span(PEERS[1], 2) == ({"status": parts.WITHOUT}, b"")
 
     play(scenario)
 
@@ -278,7 +280,7 @@ def test_a_late_section_is_answered_and_changes_nothing() -> None:
             assert aggregate == records[0].aggregates[j]
         for runner in (group.runners[j] for j in group.honest):
             record = runner.record(wait_s=0.0, exchange_s=0.0)
-            assert record.contributors == ["peer0", "peer1", "peer2"]
-            assert record.problems == [f"peer3 is not in our span: nothing within {SHORT_S:g} s"]
+            assert record.contributors == [PEERS[0], PEERS[1], PEERS[2]]
+            assert record.problems == [f"{PEERS[3]} is not in our span: nothing within {SHORT_S:g} s"]
 
     play(scenario)

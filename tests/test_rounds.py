@@ -14,6 +14,7 @@ import torch
 from round_tools import (
     CODEC,
     PATIENCE_S,
+    PEERS,
     ROUND,
     RUN,
     SHORT_S,
@@ -124,8 +125,8 @@ def test_a_span_that_nobody_has_is_missing_for_all_alike(kind: str) -> None:
         for record in records:
             assert record.spans == [list(group.spans[0]), list(group.spans[2])]
             assert record.undelivered == [list(group.spans[1])]
-            assert record.contributors == ["peer0", "peer1", "peer2"]
-            assert any(reason in problem and "peer1" in problem for problem in record.problems), (
+            assert record.contributors == [PEERS[0], PEERS[1], PEERS[2]]
+            assert any(reason in problem and PEERS[1] in problem for problem in record.problems), (
                 record.problems
             )
 
@@ -143,7 +144,7 @@ def test_a_reducer_that_never_answers_costs_one_round_timeout() -> None:
         for record in records:
             assert record.spans == [list(group.spans[0]), list(group.spans[2])]
             assert record.undelivered == [list(group.spans[1])]
-            assert record.contributors == ["peer0", "peer2"]
+            assert record.contributors == [PEERS[0], PEERS[2]]
 
     play(scenario)
 
@@ -162,7 +163,7 @@ def test_a_lost_reducer_is_made_up_for_by_the_others(fault: Fault | None) -> Non
         group.check(records)
         assert [record.undelivered for record in records] == [[list(group.spans[1])], [], []]
         assert len(records[0].spans) == 3
-        assert any("peer0 is not in our span" in problem for problem in records[1].problems)
+        assert any(f"{PEERS[0]} is not in our span" in problem for problem in records[1].problems)
 
     play(scenario)
 

@@ -1,0 +1,48 @@
+"""Hostile reducers among real workers: they are found, proven to everybody and put out, and the others go on as one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from swarm_tools import Swarm, WorkerProcess, eventually, swarm
+from test_chaos import FAULT_ROUND, RUN_FILE
+
+from dtrain.dht.faults import VARIABLE
+
+pytestmark = pytest.mark.xdist_group("processes")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Swarm]:
+    with swarm("audits", tmp_path) as made:
+        (tmp_path / "run.toml").write_text(RUN_FILE.format(exact_up_to=1))
+        yield made
+
+
+def start(run: Swarm, name: str, *faults: tuple[str, str]) -> WorkerProcess:
+    planned = [{"point": point, "round": FAULT_ROUND, "kind": kind} for point, kind in faults]
+    env = {VARIABLE: json.dumps(planned), "DTRAIN_LOG_LEVEL": "INFO"}
+    return run.start(name, "--config", str(run.base / "run.toml"), "--eval-every", "0", env=env)
+
+
+def test_a_wrong_sum_is_found_and_its_reducer_put_out(run: Swarm) -> None:
+    """One member audits it; all others check the evidence, and have nothing to do with it any more."""
+    honest = [start(run, "a", ("audit", "all"))]
+    honest[0].wait_for("start")
+    honest += [start(run, "b"), start(run, "c")]
+    cheat = start(run, "d", ("sum", "wrong-sum"))
+    cheat_id = cheat.wait_for("start")["peer_id"]
+    for worker in honest:
+        words = f"{cheat_id} is no reducer to be trusted"
+        eventually(lambda w=worker, said=words: said in w.log.read_text(), f"{worker.name}:\n{worker.tail()}")
+    seen = max(worker.events("round")[-1]["round"] for worker in honest)
+    for worker in honest:
+        worker.wait_for_round(seen + 3)
+        later = [event["contributors"] for event in worker.events("round") if event["round"] > seen + 1]
+        assert all(len(inside) == 3 and cheat_id not in inside for inside in later)
+        assert worker.log.read_text().count("is no reducer to be trusted") == 1
+    digests = [worker.digests() for worker in honest]
+    assert len({d[seen + 3] for d in digests}) == 1
