@@ -22,6 +22,7 @@ from dtrain.compression.plausible import implausible
 from dtrain.compression.screen import MIN_MEMBERS, Section, judge, scalar_products
 
 OPENED_BYTES = 256 * 1024  # of a residual, that one audit looks at; at least one unit
+LOOKED_BYTES = 1024 * 1024  # of a span's values, that a member compares with its own
 BYTES_SHARE = 0.03  # of a round's bytes that its audits may take on average
 SUSPECTED_BY = 3.0  # members, on average, that audit a sum which looks wrong to them
 WEIGHT_SLACK = 0.01  # of its weight by which a section may count for more or less than here
@@ -55,15 +56,16 @@ def root(of_units: Sequence[bytes]) -> bytes:
     return hashlib.sha256(b"".join(of_units)).digest()
 
 
-def opened(codec: Codec, span: tuple[int, int], number: int) -> tuple[int, int]:
+def opened(codec: Codec, span: tuple[int, int], number: int, max_bytes: int | None = None) -> tuple[int, int]:
     """The range of chunks of a span that the audit with this number looks at: neighbouring units."""
+    max_bytes = OPENED_BYTES if max_bytes is None else max_bytes
     of_span = units(codec, *span)
     begin = number % len(of_span)
     end, num_bytes, offset = begin, 0, codec.layout.offset
     while end < len(of_span):
         first, count = of_span[end]
         num_bytes += 4 * int(offset[first + count] - offset[first])
-        if end > begin and num_bytes > OPENED_BYTES:
+        if end > begin and num_bytes > max_bytes:
             break
         end += 1
     first = of_span[begin][0]
@@ -97,8 +99,8 @@ def draw(
 
     What looks wrong beside what it sent itself is audited by a few members at once, the rest now and then.
     """
-    indices = sorted(aggregates.keys() - {own_index})
-    suspects = implausible(codec, payload, [aggregates[j] for j in indices])
+    indices, number = sorted(aggregates.keys() - {own_index}), number_of(ticket)
+    suspects = implausible(_values(codec, payload, aggregates[j], number) for j in indices)
     total = sum(len(aggregate) for aggregate in aggregates.values())
     drawn = []
     for j, is_suspect in zip(indices, suspects, strict=True):
@@ -108,6 +110,13 @@ def draw(
         if is_drawn(chance, SUSPECTED_BY / num_members if is_suspect else likely):
             drawn.append(j)
     return drawn
+
+
+def _values(codec: Codec, payload: bytes, aggregate: bytes, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a payload and an aggregate say of a part of the aggregate's span, which nobody knows before."""
+    first, count = opened(codec, codec.span_of(aggregate), number, LOOKED_BYTES)
+    theirs = codec.values(part_of(codec, aggregate, first, count))
+    return codec.values(codec.cut(payload, first, count)), theirs
 
 
 def number_of(ticket: bytes) -> int:
@@ -139,16 +148,17 @@ def recompute(
         round=head.round,
         **place,
     )
-    same = _sum_in(codec, again, **place) == _sum_in(codec, aggregate, **place)
+    same = part_of(codec, again, **place) == part_of(codec, aggregate, **place)
     return same, left_over * weight
 
 
-def _sum_in(codec: Codec, aggregate: bytes, first_chunk: int, num_chunks: int) -> bytes:
-    """What a checked recompressed aggregate says of a range, as the reducer of that range alone would write it."""
+def part_of(codec: Codec, aggregate: bytes, first_chunk: int, num_chunks: int) -> bytes:
+    """What a checked recompressed aggregate says of a range, whoever contributed; for `Codec.values`."""
     head, body = wire.open_header(aggregate, (wire.RECOMPRESSED,), checksum=False)
     fmt, entries = codec.aggregate_format, head.num_contributors * wire.CONTRIBUTOR_BYTES
     section = fmt.parse(body[entries:], head.first_chunk, head.num_chunks)
-    return b"".join(fmt.cut(section, first_chunk, num_chunks))
+    parts = fmt.cut(section, first_chunk, num_chunks)
+    return wire.seal(head.kind, head.codec_id, head.run, head.round, (first_chunk, num_chunks), parts)
 
 
 def miscounted(

@@ -30,7 +30,7 @@ from dtrain.dht.streams import Call, Header, StreamError, ask, in_background
 MAX_SEALS = 4096
 COMPARED_ROUNDS, COMPARED_PEERS = 3, 4  # back; at once
 MAX_SEALS_BYTES = 1024 * 1024
-UNANSWERED = 3  # audits in a row that a reducer may leave unanswered
+UNANSWERED = 3  # rounds in a row in which a reducer may leave an audit unanswered
 _TICKET = b"dtrain audit ticket 1\n"
 
 
@@ -130,7 +130,10 @@ class Auditor:
         sealed = {j: aggregate for j, aggregate in sums.aggregates.items() if j in sums.seals}
         if self._faults.take("audit", sums.setting.round) == "all":
             return sorted(sealed.keys() - {own})
-        return audit.draw(self._codec, sums.payload, sealed, own, len(sums.setting.members), ticket)
+        drawn = audit.draw(self._codec, sums.payload, sealed, own, len(sums.setting.members), ticket)
+        # Who owes an answer is asked again in every round until it gives one.
+        owing = {j for j in sealed if j != own and self._unanswered[sums.seals[j].reducer]}
+        return sorted(owing.union(drawn))
 
     async def _ask(self, sums: Sums, j: int, previous: Seal | None, number: int) -> None:
         """Raises what hivemind does, StreamError, or ValueError when the answer is not signed."""

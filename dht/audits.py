@@ -14,6 +14,7 @@ from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
 from dtrain.compression.codec import Codec
 from dtrain.dht import evidence as proofs
 from dtrain.dht.auditor import Auditor, Reports, Sums
+from dtrain.dht.averager import SwarmAverager
 from dtrain.dht.evidence import Evidence, ReducedSpan
 from dtrain.dht.faults import FaultPlan
 from dtrain.dht.heartbeats import Heartbeats
@@ -21,9 +22,9 @@ from dtrain.dht.history import RoundRecord
 from dtrain.dht.identity import Identity
 from dtrain.dht.rounds import RoundRunner
 from dtrain.dht.streams import Call, Header, StreamError, answer, first_header, read_blob
-from dtrain.dht.terms import RunTerms
 
 GUILTY_ROUNDS = 1000  # for which a peer that is proven to cheat stays out
+SILENT_ROUNDS = 10  # for which one has nothing to do with a peer that answers none of one's audits
 KEPT_SUMS, KEPT_BYTES = 3, 512 * 1024 * 1024  # that a reducer answers for; at least the newest one
 MAX_EVIDENCE_BYTES = 256 * 1024 * 1024
 
@@ -162,14 +163,19 @@ class Audits(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
 
 
 async def open_audits(
-    p2p: P2P, identity: Identity, codec: Codec, terms: RunTerms, heartbeats: Heartbeats, faults: FaultPlan
-) -> Audits:
+    p2p: P2P, identity: Identity, averager: SwarmAverager, heartbeats: Heartbeats, faults: FaultPlan
+) -> None:
     """Answer for our sums from now on, and look at others'; who is proven to cheat is put out."""
+    codec, terms = averager.codec, averager.terms
 
     def guilty(found: Evidence, fault: str) -> None:
         heartbeats.outcasts.put_out(
             found.accused, found.setting.round + GUILTY_ROUNDS, proofs.reason_of(found)
         )
+
+    def silent(peer_id: str) -> None:
+        until = int(heartbeats.status["round"]) + SILENT_ROUNDS
+        heartbeats.outcasts.put_out(peer_id, until, "audit-unanswered")
 
     def auditor(call: Callable[[str, str], Call]) -> Auditor:
         return Auditor(
@@ -180,7 +186,7 @@ async def open_audits(
             timeout_s=terms.sender_timeout_s,
             call=call,
             others=lambda: [record.peer_id for record in heartbeats.others() if record.can_be_dialled],
-            reports=Reports(guilty, lambda peer_id: None, heartbeats.count),
+            reports=Reports(guilty, silent, heartbeats.count),
             faults=faults,
         )
 
@@ -194,4 +200,5 @@ async def open_audits(
         count=heartbeats.count,
     )
     await audits.open()
-    return audits
+    averager.on_sums = audits.note
+    averager.on_split = lambda round, peers: audits.auditor.compare(round - 1, peers)

@@ -153,10 +153,9 @@ class NetworkPeer:
         """Begin to take part in a run."""
         terms = RunTerms(**args["terms"])
         args["manifest_hash"] = terms.manifest_hash
-        shapes = [(name, tuple(shape)) for name, shape in args["shapes"]]
         spec = CodecSpec.from_dict(args["codec"])
         await asyncio.to_thread(warm_up, spec)
-        self._codec = await asyncio.to_thread(Codec, spec, shapes)
+        self._codec = await asyncio.to_thread(Codec, spec, [(n, tuple(s)) for n, s in args["shapes"]])
         self._meet(args, terms.prefix)
         faults = FaultPlan.from_environment(args["worker_pid"])
         if faults:
@@ -176,11 +175,7 @@ class NetworkPeer:
             door=self._heartbeats,
         )
         await self._averager.open(self._p2p)
-        self._audits = await open_audits(
-            self._p2p, self._identity, self._codec, terms, self._heartbeats, faults
-        )
-        self._averager.on_sums = self._audits.note
-        self._averager.on_split = lambda round, peers: self._audits.auditor.compare(round - 1, peers)
+        await open_audits(self._p2p, self._identity, self._averager, self._heartbeats, faults)
         self._receipts = Receipts(
             self._p2p,
             self._identity,

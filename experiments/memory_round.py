@@ -6,17 +6,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from dtrain.compression.codec import Codec
 from dtrain.compression.errors import PayloadError
 from dtrain.compression.residual import Residual
 from dtrain.compression.screen import REASONS, Section, screen
+from dtrain.experiments.memory_audit import CHEATS, Audits, Sum, mean_of
 
 Floats = npt.NDArray[np.float64]
 _Sections = dict[tuple[int, int], bytes]
@@ -43,6 +45,8 @@ class Faults:
     """(round, sender, reducer): the sender's section never reaches this reducer."""
     spans: frozenset[tuple[int, str]] = frozenset()
     """(round, reducer): the reducer's aggregate reaches nobody."""
+    sums: Mapping[str, str] = field(default_factory=dict)
+    """{reducer: kind of `memory_audit.CHEATS`}: it makes wrong sums, in every round."""
 
 
 @dataclass
@@ -115,7 +119,8 @@ INSTANT = InstantLinks()
 class GroupReducer:
     """Reduces rounds; keeps each reducer's residual from round to round.
 
-    A reducer goes on without the sections that take longer than `patience_s` to reach it.
+    A reducer goes on without the sections that take longer than `patience_s` to reach it. With `audits` the members
+    audit each other's sums, and who is found out gets no span any more.
     """
 
     def __init__(
@@ -127,8 +132,10 @@ class GroupReducer:
         links: Links = INSTANT,
         patience_s: float = math.inf,
         screens: bool = False,
+        audits: bool = False,
     ) -> None:
         self._screens = screens
+        self.audits = Audits(codec, screens) if audits else None
         self._codec = codec
         self._run = run
         self._exact_up_to = max(1, exact_up_to)  # recompression gains nothing for a worker that is alone
@@ -142,9 +149,12 @@ class GroupReducer:
         result = Reduced()
         if not members:
             return result
-        spans = self._codec.spans([1.0] * len(members))
+        names = [member.peer_id for member in members]
+        spans = self._codec.spans(self.audits.shares(names) if self.audits else [1.0] * len(names))
         sections = self._scatter(round, members, spans, result)
         self._gather(round, members, spans, sections, result)
+        if self.audits:
+            self.audits.look(round, names, [member.payload for member in members])
         return result
 
     def _scatter(
@@ -196,15 +206,19 @@ class GroupReducer:
             if not span[1]:
                 continue
             arrived = [(i, m.weight, sections[i, j]) for i, m in enumerate(members) if (i, j) in sections]
+            judged = arrived
             if self._screens and len(members) > self._exact_up_to:
-                arrived = self._screened(names, span, arrived, result)
-            aggregate = self._aggregate(round, names[j], span, arrived, len(members))
+                judged = self._screened(names, span, arrived, result)
+            aggregate, before = self._aggregate(round, names[j], span, judged, len(members))
+            is_lost = (round, names[j]) in self._faults.spans
+            if self.audits and aggregate and before is not None and not is_lost:
+                self.audits.keep(Sum(j, span, arrived, aggregate, before))
             if not aggregate or (round, names[j]) in self._faults.spans:
                 for name in names:
                     _report(result, name, span, f"the span of {names[j]} is lost")
                 continue
             result.aggregates.append(aggregate)
-            result.contributors.update(names[i] for i, _, _ in arrived)
+            result.contributors.update(names[i] for i, _, _ in judged)
             for i, name in enumerate(names):
                 if i != j:
                     sent[j, i] = len(aggregate)
@@ -229,17 +243,21 @@ class GroupReducer:
         span: tuple[int, int],
         sections: Sequence[tuple[int, float, bytes]],
         num_members: int,
-    ) -> bytes:
+    ) -> tuple[bytes, torch.Tensor | None]:
+        """The aggregate, and the residual before it in units of weight times value if it was compressed again."""
         recompressed, residual = (
             num_members > self._exact_up_to,
             self._residuals.setdefault(reducer, Residual(self._codec)),
         )
         self._spans[reducer] = span if recompressed else (0, 0)
         if not sections:
-            return b""
+            return b"", None
         first, count = span
         weight = math.fsum(weight for _, weight, _ in sections)
-        left_over = residual.draw(first, count, weight) if recompressed else None
+        before = residual.draw(first, count, 1.0) if recompressed else None
+        left_over = None if before is None else before / weight
+        if left_over is not None and reducer in self._faults.sums:
+            left_over += CHEATS[self._faults.sums[reducer]](mean_of(self._codec, sections))
         aggregate = self._codec.reduce(
             sections, residual=left_over, run=self._run, round=round, first_chunk=first, num_chunks=count
         )
@@ -253,7 +271,7 @@ class GroupReducer:
         )
         if left_over is not None and (round, reducer) not in self._faults.spans:
             residual.settle(first, count, weight, left_over)
-        return aggregate
+        return aggregate, before
 
     def _section(
         self, round: int, member: Contribution, reducer: str, span: tuple[int, int], result: Reduced

@@ -139,14 +139,13 @@ def test_honest_members_audit_each_other_round_after_round() -> None:
 
 
 def test_who_leaves_audits_unanswered_is_noted_after_a_few() -> None:
-    """One refusal may be bad luck; the third in a row is told. Who answers again begins anew."""
+    """One refusal may be bad luck, and is followed by a question in every round; the third in a row is told."""
 
     async def scenario() -> None:
         group = Group(MEMBERS, recompress=True)
         court, records = Court(group, auditing=(0,)), await group.run()
         for number in range(1, auditor_module.UNANSWERED + 1):
             court.silent = {PEERS[2]}
-            court.auditors[0]._faults = FaultPlan([EVERYBODY])
             court.note(records)
             await court.until(lambda n=number: court.counts[0].count("audit-unanswered") >= n)
             court.answers = [Answers(CODEC, IDENTITIES[i]) for i in range(MEMBERS)]
