@@ -52,7 +52,7 @@ check: setup
 
 # Every planned fault at every named point of a round, and a minute asleep, about 15 minutes.
 chaos: setup
-	$(BIN)/pytest tests/test_chaos.py -m "slow or not slow" $(TEST_ARGS)
+	$(BIN)/pytest tests/test_chaos.py tests/test_audit_swarm.py -m "slow or not slow" $(TEST_ARGS)
 
 # The suite's short version of chaos and soak, 20 times in a row, about an hour; stops at the first failure.
 chaos-20: setup

@@ -107,14 +107,15 @@ class FaultPlan:
         os.killpg(group, signal.SIGSTOP)
 
     def missum(
-        self, round: int, sections: Sequence[tuple[int, float, bytes]]
+        self, round: int, sections: Sequence[tuple[int, float, bytes]], own_index: int
     ) -> Sequence[tuple[int, float, bytes]]:
         """What is summed instead of `sections`, where that is planned: well-formed, as a cheat would do it."""
         kind = self.take("sum", round)
         if kind == "wrong-sum":  # everybody counts, but all with the first one's section
             return [(index, weight, sections[0][2]) for index, weight, _ in sections]
         if kind == "leave-out":
-            return sections[1:]
+            victim = next((index for index, _, _ in sections if index != own_index), own_index)
+            return [section for section in sections if section[0] != victim]
         return sections
 
     def spoil(self, point: str, round: int, blob: bytes) -> bytes:

@@ -46,6 +46,7 @@ class SpanReducer:
         self._codec, self.span, self._members = codec, span, members
         self._setting, self._identity, self._residual = setting, identity, residual
         self._screens, self._report, self._faults = screens, report, faults
+        self._own_index = [member.peer_id for member in members].index(identity.peer_id)
         self.refused: dict[int, str] = {}  # members that are not in the sum for what they sent, and why
         self.why_not: dict[int, str] = {}  # in words, of everybody who is not in the sum
         self.kept: ReducedSpan | None = None  # to answer for the sum, if it is a recompressed one
@@ -117,7 +118,7 @@ class SpanReducer:
             for sender, reason in self.refused.items():
                 self.why_not[sender] = REASONS[reason]
                 self._report(f"{self._members[sender].peer_id} is not in our sum: {REASONS[reason]}")
-        sections = list(self._faults.missum(self._setting.round, sections))
+        sections = list(self._faults.missum(self._setting.round, sections, self._own_index))
         if self._residual is None:
             aggregate, inside = self._reduce(sections, None), {i for i, _, _ in sections}
             seal = sign_aggregate(self._identity, self._setting, self.span, aggregate)

@@ -46,3 +46,22 @@ def test_a_wrong_sum_is_found_and_its_reducer_put_out(run: Swarm) -> None:
         assert worker.log.read_text().count("is no reducer to be trusted") == 1
     digests = [worker.digests() for worker in honest]
     assert len({d[seen + 3] for d in digests}) == 1
+
+
+@pytest.mark.slow
+def test_who_is_left_out_says_so_and_keeps_its_work(run: Swarm) -> None:
+    """A reducer that has read a member's section and does not count it: that member's log names it, nobody else's."""
+    workers = [start(run, "a")]
+    workers[0].wait_for("start")
+    workers += [start(run, name) for name in ("b", "c")]
+    workers.append(start(run, "d", ("sum", "leave-out")))
+    ids = [worker.wait_for("start")["peer_id"] for worker in workers]
+    for worker in workers:
+        worker.wait_for_round(FAULT_ROUND + 2)
+    problems = {
+        peer_id: " ".join(str(event.get("problem", "")) for event in worker.events("round"))
+        for peer_id, worker in zip(ids, workers, strict=True)
+    }
+    named = [peer_id for peer_id in ids if f"{ids[3]} leaves us out" in problems[peer_id]]
+    assert named == [min(ids[:3])]  # the first of the others is whom the fault leaves out
+    assert len({worker.digests()[FAULT_ROUND + 1] for worker in workers}) == 1

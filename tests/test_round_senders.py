@@ -7,11 +7,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
 from round_tools import (
     CODEC,
+    IDENTITIES,
     PATIENCE_S,
     PEERS,
     ROUND,
@@ -26,7 +28,8 @@ from round_tools import (
 from stream_tools import Messages
 
 from dtrain.dht import parts, reducer
-from dtrain.dht.streams import Header, Refused, StreamError, messages, read
+from dtrain.dht.seals import sign_section
+from dtrain.dht.streams import Header, Refused, StreamError, ask, messages, read
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +81,40 @@ def test_a_sender_of_garbage_is_left_out_at_once(kind: str) -> None:
         for record in records:
             assert record.contributors == [PEERS[0], PEERS[1]] and record.undelivered == []
             assert any(reason in problem and PEERS[2] in problem for problem in record.problems)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("kind", ["none", "another's", "of another section", "of another round"])
+def test_a_section_without_its_senders_signature_is_refused(kind: str) -> None:
+    """A section that is in order, but not signed by who sends it for this round: it is in no sum."""
+
+    async def scenario() -> None:
+        group = Group(3, played=[2], indirect=[2])
+        setting = group.runners[0].setting
+
+        def signature(j: int) -> bytes:
+            section, span = group.section(2, j), group.spans[j]
+            return {
+                "none": b"",
+                "another's": sign_section(IDENTITIES[1], setting, span, section),
+                "of another section": sign_section(IDENTITIES[2], setting, span, group.section(1, j)),
+                "of another round": sign_section(
+                    IDENTITIES[2], replace(setting, round=ROUND - 1), span, section
+                ),
+            }[kind]
+
+        async def send(j: int) -> None:
+            call, section = group.call(2, j, "rpc_aggregate_part"), group.section(2, j)
+            header = {**group.header(2, j, section), "signature": signature(j)}
+            with pytest.raises(Refused, match="bad-signature"):
+                await ask(call, header, section, max_bytes=10**7, timeout_s=PATIENCE_S)
+
+        sending = [asyncio.create_task(send(j)) for j in group.honest]
+        records = await group.run()
+        await asyncio.gather(*sending)
+        group.check(records)
+        assert all(record.contributors == [PEERS[0], PEERS[1]] for record in records)
 
     play(scenario)
 

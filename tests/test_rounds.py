@@ -96,6 +96,15 @@ def weighted(index: int, weight: float) -> bytes:
     return CODEC.reduce([(index, weight, section)], run=RUN, round=ROUND, first_chunk=first, num_chunks=count)
 
 
+def compressed() -> bytes:
+    """A sum of span 1 of three that does not show whose sections it is of, where unions are agreed on."""
+    first, count = CODEC.spans([1.0] * 3)[1]
+    sections, residual = [(0, 100.0, CODEC.cut(make_payload(0), first, count))], CODEC.residual(first, count)
+    return CODEC.reduce(
+        sections, residual=residual, run=RUN, round=ROUND, first_chunk=first, num_chunks=count
+    )
+
+
 REDUCER_FAULTS: dict[str, Callable[[], tuple[Fault | None, str]]] = {
     "gone": lambda: (None, "cannot be reached"),
     "garbage header": lambda: (saying(b"\xc1\xc1"), "not msgpack"),
@@ -106,6 +115,8 @@ REDUCER_FAULTS: dict[str, Callable[[], tuple[Fault | None, str]]] = {
     "closes midway": lambda: (closing_midway, "ended early"),
     "another round": lambda: (replying(of_another_round()), "wrong-round"),
     "wrong weight": lambda: (replying(weighted(0, 1e9)), "wrong-weight"),
+    "not sealed": lambda: (replying(weighted(0, 100.0)), "bad-seal"),
+    "compressed again": lambda: (replying(compressed()), "bad-kind"),
     "not a member": lambda: (replying(weighted(3, 100.0)), "bad-contributors"),
 }
 
