@@ -80,17 +80,17 @@ def crashed(threads: Threads, at_round: int, *, delivers: bool) -> None:
     [failure] = threads.failures
     assert isinstance(failure, Crash)
     threads.failures.clear()
+    worker.exchange.close()  # its heartbeat has run out
     until = time.monotonic() + 60
-    while threads.workers["b"].outer.round <= at_round + 1 and time.monotonic() < until:
+    while threads.workers["b"].outer.round <= at_round + 1:
+        assert time.monotonic() < until, "b does not go on"
         time.sleep(0.01)
 
 
 @pytest.mark.parametrize("delivers", [False, True], ids=["before", "after"])
 def test_nothing_is_sent_twice_after_a_crash(delivers: bool, tmp_path: Path) -> None:
     """What the stored feedback holds where payloads since have sent something is gone; the rest has decayed."""
-    manifest = quick_manifest(
-        exchange__start_workers=2, exchange__heartbeat_ttl_s=2.0, exchange__matchmaking_s=2.0
-    )
+    manifest = quick_manifest(exchange__start_workers=2)
     with swarm_of(manifest, tmp_path) as threads:
         crashed(threads, 6, delivers=delivers)
         stored = newest_in(tmp_path / "a" / "checkpoints")
@@ -115,9 +115,7 @@ def test_nothing_is_sent_twice_after_a_crash(delivers: bool, tmp_path: Path) -> 
 
 def test_what_theta_lost_stays_in_the_feedback(tmp_path: Path) -> None:
     """Everybody died: theta goes back to a checkpoint, and what was sent after it is in nobody's theta."""
-    manifest = quick_manifest(
-        exchange__start_workers=2, exchange__heartbeat_ttl_s=2.0, exchange__matchmaking_s=2.0
-    )
+    manifest = quick_manifest(exchange__start_workers=2)
     with swarm_of(manifest, tmp_path) as threads:
         crashed(threads, 6, delivers=True)
         threads.workers["b"].stop("dies too")
