@@ -14,7 +14,7 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.utils.timed_storage import MAX_DHT_TIME_DISCREPANCY_SECONDS
 
 from dtrain.dht.addresses import CIRCUIT, best_first, by_peer, full, ip_of, is_loopback, is_public
-from dtrain.dht.distance import measure_any
+from dtrain.dht.distance import clock_skew
 from dtrain.dht.identity import Identity, load_or_create
 from dtrain.dht.reachability import (
     CLIENT,
@@ -35,6 +35,7 @@ from dtrain.dht.transport import TransportError, nobody_answers, start_daemon
 KEEP_PERIOD_S = 0.5
 TRY_AGAIN_S = 5.0
 MAX_KNOWN_PEERS = 64
+MAX_ASKED = 3  # for the time
 RELAY_PATIENCE = 6  # looks; a reservation is briefly away while it is renewed
 
 
@@ -234,11 +235,11 @@ async def connect_all(p2p: P2P, peers: Mapping[str, Sequence[str]]) -> list[str]
 
 async def _blame_the_clock(p2p: P2P, peers: Sequence[str]) -> None:
     """TransportError if that is why these peers, with which we are connected, do not have us in the DHT."""
-    found = await measure_any(p2p, {peer: () for peer in peers})
-    if found is not None and abs(found.skew_s) > MAX_DHT_TIME_DISCREPANCY_SECONDS:
-        side = "ahead of" if found.skew_s > 0 else "behind"
+    skew_s = await clock_skew(p2p, peers[:MAX_ASKED])
+    if skew_s is not None and abs(skew_s) > MAX_DHT_TIME_DISCREPANCY_SECONDS:
+        side = "ahead of" if skew_s > 0 else "behind"
         raise TransportError(
-            f"this machine's clock is {abs(found.skew_s):.0f} s {side} the others': set it by the network "
+            f"this machine's clock is {abs(skew_s):.0f} s {side} the others': set it by the network "
             "(timedatectl set-ntp true on Linux), then try again"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,24 +48,42 @@ class Probe(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
             return BytesValue(value=msgpack.packb({"time": self._clock(), "pad": bytes(want)}))
 
 
-async def measure(p2p: P2P, peer: str, clock: Callable[[], float] = time.time) -> Distance:
-    """Measure with a peer that we are connected to. Raises whatever the connection does."""
+Ask = Callable[[int, int, float], Awaitable[tuple[float, float]]]
+
+
+def _asking(p2p: P2P, peer: str, clock: Callable[[], float]) -> Ask:
+    """A function of (bytes wanted, bytes sent, timeout in seconds): (seconds it took, how far our clock is ahead)."""
     stub = Probe.get_stub(p2p, PeerID.from_base58(peer))
 
     async def ask(want: int, pad: int, timeout_s: float) -> tuple[float, float]:
-        """(seconds it took, how far our clock is ahead)."""
         request = BytesValue(value=msgpack.packb({"want": want, "pad": bytes(pad)}))
         began, sent_at = time.monotonic(), clock()
         reply: dict[str, Any] = msgpack.unpackb((await stub.rpc_probe(request, timeout=timeout_s)).value)
         seconds = time.monotonic() - began
         return seconds, sent_at + seconds / 2 - float(reply["time"])
 
+    return ask
+
+
+async def measure(p2p: P2P, peer: str, clock: Callable[[], float] = time.time) -> Distance:
+    """Measure with a peer that we are connected to. Raises whatever the connection does."""
+    ask = _asking(p2p, peer, clock)
     pings = [await ask(0, 0, PING_S) for _ in range(PINGS)]
     rtt_s, skew_s = min(pings)  # the quickest answer knows the time best
     down_s, _ = await ask(MAX_BYTES, 0, TRANSFER_S)
     up_s, _ = await ask(0, MAX_BYTES, TRANSFER_S)
     megabits = MAX_BYTES * 8 / 1e6
     return Distance(skew_s, rtt_s, megabits / max(1e-3, up_s - rtt_s), megabits / max(1e-3, down_s - rtt_s))
+
+
+async def clock_skew(p2p: P2P, peers: Sequence[str], clock: Callable[[], float] = time.time) -> float | None:
+    """How many seconds our clock is ahead of the first peer's that answers, by one ping; None if none does."""
+    for peer in peers:
+        try:
+            return (await _asking(p2p, peer, clock)(0, 0, PING_S))[1]
+        except Exception:  # gone, or of a version that does not answer
+            continue
+    return None
 
 
 async def measure_any(p2p: P2P, peers: Mapping[str, Sequence[str]]) -> Distance | None:
