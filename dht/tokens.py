@@ -32,7 +32,7 @@ MAX_USES = 250  # a record with as many passes is within the DHT's 64 KB
 MAX_REVOKED = 500
 MAX_REVOCATIONS_BYTES = 48 * 1024
 
-# What a member that lets somebody not in says, and counts; `reason_text` has the line for the user.
+# What a member that lets somebody not in, or not any more, says and counts; `reason_text` has the line for the user.
 REASONS = {
     "no-token": "this run admits by invite: ask its organizer for one",
     "malformed": "the pass cannot be read: ask the organizer for a new invite",
@@ -43,6 +43,9 @@ REASONS = {
     "revoked": "the organizer has revoked the invite or this machine",
     "used-up": "the invite has been used as often as it may be: ask the organizer for a new one",
     "not-listed": "this run admits listed machines only: ask the organizer to list this one",
+    "wrong-sum": "the others have proof that this machine made a wrong sum: is its software altered, its memory bad?",
+    "two-sums": "the others have proof that this machine made two sums of one round: does another one use its key?",
+    "audit-unanswered": "the others asked this machine in vain what its sums were made of: is its uplink too slow?",
 }
 
 
