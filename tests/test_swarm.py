@@ -16,6 +16,7 @@ from dtrain.compression.codec import Codec
 from dtrain.dht.credit_file import load
 from dtrain.dht.identity import load_or_create
 from dtrain.experiments.memory import MemoryExchange, MemorySwarm
+from dtrain.trainer.cli import main
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.metrics import MetricsLog
 from dtrain.trainer.model import GPT
@@ -84,8 +85,11 @@ def in_memory_digests(
     return {worker.outer.digest.hex() for worker in made}
 
 
-def test_a_newcomer_gets_theta_from_its_peers_and_contributes(tmp_path: Path) -> None:
-    """A worker that joins a run under way is in the first round that begins after it has theta."""
+def test_a_newcomer_gets_theta_from_its_peers_and_contributes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that joins a run under way is in the first round that begins after it has theta; `dtrain stop` from
+    another terminal ends it cleanly."""
     with swarm("late", tmp_path) as run:
         first = run.start("a", *SMALL, "--max-tokens-per-s", "200")  # a round a second
         first.wait_for_round(3)
@@ -99,8 +103,11 @@ def test_a_newcomer_gets_theta_from_its_peers_and_contributes(tmp_path: Path) ->
         first.interrupt()
         assert first.wait() == 0
         assert countersigners(first) == {late.events("start")[0]["peer_id"]}
-        late.interrupt()
+        monkeypatch.setenv("DTRAIN_RUNTIME_DIR", str(tmp_path / "runtime"))
+        assert main(["stop", "--name", "b"]) == 0
         assert late.wait() == 0
+        [stopped] = late.events("stop")
+        assert stopped["round"] == late.events("round")[-1]["round"]
         assert_one_theta([first, late], 1)
 
 
