@@ -61,10 +61,10 @@ class Greeting:
 class Greetings(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
     """Tells our news to other peers and hears theirs.
 
-    `hear(peer id, greeting)` takes in what another says; `have(peer id)` is `said` of the newest of its news;
-    `own_pass` is shown to whom knows nothing of us; `refusal(peer id)` says why a peer is not let in; `count(reason)`
-    is told of what cannot be read. `crowd()` are the addresses of the peers that we know and others can dial, by peer
-    id; `meet(address)` takes in one that another knows.
+    `hear(peer id, greeting, is_answer)` takes in what another says, of itself or when asked; `have(peer id)` is `said`
+    of the newest of its news; `own_pass` is shown to whom knows nothing of us; `refusal(peer id)` says why a peer is
+    not let in; `count(reason)` is told of what cannot be read. `crowd()` are the addresses of the peers that we know
+    and others can dial, by peer id; `meet(address)` takes in one that another knows.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Greetings(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
         p2p: P2P,
         prefix: str,
         *,
-        hear: Callable[[str, Greeting], None],
+        hear: Callable[[str, Greeting, bool], None],
         have: Callable[[str], float],
         own_pass: bytes = b"",
         refusal: Callable[[str], str] = lambda peer: "",
@@ -112,7 +112,7 @@ class Greetings(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
                     self._told[peer] = own
                     if greeting.have < own.said:
                         del self._told[peer]  # it has forgotten our status
-                self._hear(peer, greeting)
+                self._hear(peer, greeting, True)
                 for address in greeting.introduces:
                     self._meet(address)
                 if own is None or self._told.get(peer) is self.own:
@@ -141,7 +141,7 @@ class Greetings(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
     async def rpc_greet(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """Another peer says what it is doing, and gets what it has not heard of us."""
         peer, greeting = str(context.remote_id), self._read(request.value)
-        self._hear(peer, greeting)
+        self._hear(peer, greeting, False)
         reply, own = Greeting(self._have(peer), refused=self._refusal(peer)), self.own
         crowd = self._crowd()
         if greeting.crowd and greeting.crowd != digest_of(crowd) and not reply.refused:

@@ -225,8 +225,10 @@ class Heartbeats:
                 del self._misfits[next(iter(self._misfits))]
             self.count("record-schema")
 
-    def _hear(self, peer_id: str, greeting: Greeting) -> None:
-        if self.admissions is not None and self.announced:
+    def _hear(self, peer_id: str, greeting: Greeting, is_answer: bool) -> None:
+        if (
+            is_answer and self.admissions is not None and self.announced
+        ):  # who only calls us says nothing of that
             self.admissions.heard(peer_id, greeting.refused)
         if self._is_in(peer_id):
             self._take_in(peer_id, greeting)

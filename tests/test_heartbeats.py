@@ -147,6 +147,26 @@ def test_peers_that_missed_each_other_are_introduced(network: Network) -> None:
     play(scenario)
 
 
+def test_who_only_calls_us_does_not_let_us_in(network: Network) -> None:
+    """Whether others let us in is said by their answers; an observer's calls are no answers."""
+
+    async def scenario() -> None:
+        a, member, observer = network.peer(), network.peer(), network.peer()
+        answers: dict[str, str] = {}
+        a.admissions = SimpleNamespace(  # type: ignore[assignment]
+            heard=answers.__setitem__, door=SimpleNamespace(opinion=lambda peer: "")
+        )
+        for peer in (a, member):
+            await peer.announce(STATUS)
+            await peer.refresh()
+        await observer.refresh()  # which asks, and has nothing to say
+        assert set(answers) <= {name(member)}
+        await a.announce(STATUS)
+        assert answers == {name(member): ""}
+
+    play(scenario)
+
+
 def test_who_is_introduced_under_anothers_name_is_not_believed(network: Network) -> None:
     """A wrong address costs a call in vain, and not more than a few at a time."""
 

@@ -44,6 +44,7 @@ EXTRAS = {
     "wandb": "trainer/wandb_log",
 }
 """Extra -> where its libraries may be imported, by commands that tell who lacks them what to install."""
+INSTALLER = "pip"  # is there before anything is pinned; pip-audit asks for it
 OF_NVIDIA = ("nvidia-", "cuda-", "triton")  # torch pins them itself, where it needs them
 
 
@@ -167,7 +168,7 @@ def test_the_constraints_pin_what_is_declared() -> None:
             extra = {"extra": "dev" if parent == "dtrain" else ""}
             if name in wanted or (requirement.marker and not requirement.marker.evaluate(extra)):
                 continue
-            if name.startswith(OF_NVIDIA):
+            if name == INSTALLER or name.startswith(OF_NVIDIA):
                 continue
             wanted.add(name)
             ahead.append(name)
