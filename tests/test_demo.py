@@ -305,22 +305,20 @@ def check_workers(figures: dict[str, Any]) -> None:
         assert worker["bytes_up"] > 0 and worker["bytes_down"] > 0
 
 
-def test_a_stopped_demo_leaves_nothing(temp_folders: list[Path]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_demo_leaves_nothing(number: signal.Signals, temp_folder: Path) -> None:
     """However the demo ends, its workers and their network processes end too."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if sys.platform == "linux":  # only there a child is told that its parent was killed
-        numbers.append(signal.SIGKILL)
-    demos = [
-        start_demo(folder) for folder, _ in zip(temp_folders, numbers)
-    ]  # all at once: to come up takes long
-    for number, demo, folder in zip(numbers, demos, temp_folders):
-        eventually(lambda at=folder: any(p.name() == "p2pd" for p in processes_of(at)), "no worker came up")
-        demo.send_signal(number)
-        demo.communicate(timeout=60)
-        assert demo.returncode == (-number if number == signal.SIGKILL else 130)
-        eventually(lambda at=folder: not processes_of(at), "a process is left", 20.0)
-        if number != signal.SIGKILL:
-            assert not files_of(folder)
+    if number == signal.SIGKILL and sys.platform != "linux":
+        pytest.skip("only Linux tells a child that its parent was killed")
+    demo = start_demo(temp_folder)
+    daemon = "p2pd"
+    eventually(lambda: any(p.name() == daemon for p in processes_of(temp_folder)), "no worker came up")
+    demo.send_signal(number)
+    demo.communicate(timeout=60)
+    assert demo.returncode == (-number if number == signal.SIGKILL else 130)
+    eventually(lambda: not processes_of(temp_folder), "a process is left", 20.0)
+    if number != signal.SIGKILL:
+        assert not files_of(temp_folder)
 
 
 def test_a_worker_that_fails_ends_the_demo(temp_folder: Path) -> None:
