@@ -226,9 +226,8 @@ class Heartbeats:
             self.count("record-schema")
 
     def _hear(self, peer_id: str, greeting: Greeting, is_answer: bool) -> None:
-        if (
-            is_answer and self.admissions is not None and self.announced
-        ):  # who only calls us says nothing of that
+        # Who only calls us does not say whether it lets us in.
+        if is_answer and self.admissions is not None and self.announced:
             self.admissions.heard(peer_id, greeting.refused)
         if self._is_in(peer_id):
             self._take_in(peer_id, greeting)

@@ -46,19 +46,9 @@ from dtrain.dht.worker_line import WorkerLine
 
 # The worker's commands, each a method of NetworkPeer.
 COMMANDS = {
-    *(
-        "connect",
-        "distance",
-        "find_manifests",
-        "publish",
-        "prepare",
-        "open_run",
-        "limit",
-        "observe",
-        "archive",
-    ),
+    *("connect", "distance", "find_manifests", "publish", "prepare", "open_run", "limit", "observe"),
     *("announce", "post", "read_notes", "run_round", "release_residual", "residual_saved"),
-    *("fetch_round", "fetch_state", "revoke"),
+    *("fetch_round", "fetch_state", "revoke", "archive"),
 }
 REFUSALS = (TransportError, IdentityError, StreamError, NoSpace)  # their texts are for the user
 SHOW_PERIOD_S = 0.25

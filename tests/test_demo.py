@@ -208,20 +208,13 @@ def test_bad_use_is_one_line(flags: list[str], word: str, capfd: pytest.CaptureF
 
 
 @pytest.fixture
-def temp_folders() -> Iterator[list[Path]]:
-    """The temp folders of three demos. Short, as the paths of sockets may have 107 characters at most."""
-    paths = [Path(tempfile.mkdtemp(prefix="d")) for _ in range(3)]
-    yield paths
-    for path in paths:
-        for process in processes_of(path):
-            process.kill()
-        shutil.rmtree(path, ignore_errors=True)
-
-
-@pytest.fixture
-def temp_folder(temp_folders: list[Path]) -> Path:
-    """The temp folder of one demo."""
-    return temp_folders[0]
+def temp_folder() -> Iterator[Path]:
+    """The temp folder of one demo. Short, as the paths of sockets may have 107 characters at most."""
+    path = Path(tempfile.mkdtemp(prefix="d"))
+    yield path
+    for process in processes_of(path):
+        process.kill()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def processes_of(temp: Path) -> list[psutil.Process]:

@@ -39,20 +39,19 @@ def catch_up(
             clock.sleep(PAUSE_S)  # who is ahead may be gone: its heartbeat runs out, or another donor appears
             continue
         last, have = clock.monotonic(), report.have_bytes
-    return _exchanged_already(outer, exchange) or fetched
+    return _take_exchanged(outer, exchange) or fetched
 
 
-def _exchanged_already(outer: OuterLoop, exchange: Exchange) -> bool:
-    """Take the rounds that the others have exchanged but not applied: under overlap they apply a round only when they
-    have trained the next one, and who waits for that comes too late for each round; True if there was one."""
-    taken = False
-    while any(_training_round(view) > outer.round for view in exchange.swarm() if can_give(view)):
-        outcome = exchange.fetch_round(outer.round)
-        if outcome is None or outcome.base_digest != outer.digest:
-            break
-        outer.step(outcome.aggregates)
-        taken = True
-    return taken
+def _take_exchanged(outer: OuterLoop, exchange: Exchange) -> bool:
+    """Take the round that the others have exchanged but not applied; True if there was one. Under overlap they apply a
+    round only when they have trained the next one, and who waits for that comes too late for each."""
+    if not any(_training_round(view) > outer.round for view in exchange.swarm() if can_give(view)):
+        return False
+    outcome = exchange.fetch_round(outer.round)
+    if outcome is None or outcome.base_digest != outer.digest:
+        return False
+    outer.step(outcome.aggregates)
+    return True
 
 
 def _training_round(view: PeerView) -> int:
