@@ -11,12 +11,11 @@ from typing import Any
 
 from dtrain.dht import ipc
 from dtrain.dht.address_book import AddressBook
-from dtrain.dht.carried import Carried
 from dtrain.dht.outcome import Outcome, PeerView, outcome_of
 from dtrain.dht.peer_settings import PeerSettings
 from dtrain.dht.process import RESTART_PAUSE_S, ConnectionLost, ExchangeError, NetworkProcess
+from dtrain.dht.running_counts import RunningCounts
 from dtrain.dht.state_files import Provider, State, StateFiles, Watch
-from dtrain.dht.tally import Tally
 from dtrain.dht.tokens import reason_text
 
 CONNECT_TIMEOUT_S = 60.0
@@ -34,7 +33,7 @@ class DhtExchange:
         self._settings, self._through = settings, settings.initial_peers
         self._swarm: tuple[float, list[PeerView]] = (time.monotonic(), [])
         self._address_book = AddressBook()  # to find back when whom we joined through is gone
-        self._carried = Carried()
+        self._carried = RunningCounts()  # bytes: "up", "down", and "wire" for what both took there
         self._state_files = StateFiles(settings.identity.parent / "transfer")
         self._status: dict[str, Any] | None = None
         self._run: dict[str, Any] = {}
@@ -52,7 +51,7 @@ class DhtExchange:
         self.on_change: Callable[[str, str], None] = lambda state, reason: None
         self._on_compiling: Callable[[int, int], None] = lambda done, total: None
         self._moved = ""
-        self._refusals = Tally()
+        self._refusals = RunningCounts()
         self.refused = ""  # a line for the user: why the others do not let this peer in
         self.on_refused: Callable[[], None] = lambda: None  # called once, when that is known
         self._rates = {"up_mbps": 0.0, "down_mbps": 0.0}
@@ -314,10 +313,11 @@ class DhtExchange:
         return self._refusals.total()
 
     def traffic(self) -> tuple[int, int]:
-        return self._carried.total()[:2]
+        carried = self._carried.total()
+        return carried["up"], carried["down"]
 
     def wire_bytes(self) -> int:
-        return self._carried.total()[2]
+        return self._carried.total()["wire"]
 
     def close(self) -> None:
         self._closing.set()

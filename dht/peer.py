@@ -292,7 +292,7 @@ class NetworkPeer:
     def _show_swarm(self) -> None:
         now, others = get_dht_time(), self._heartbeats.others()
         peers = [[r.peer_id, dict(r.status), now - r.heard] for r in others]
-        traffic = [self._traffic.up, self._traffic.down, self._traffic.wire_bytes]
+        traffic = {"up": self._traffic.up, "down": self._traffic.down, "wire": self._traffic.wire_bytes}
         said = self._heartbeats.refusals()
         self._worker.send({"event": "swarm", "peers": peers, "traffic": traffic, **said})
 

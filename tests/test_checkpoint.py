@@ -107,7 +107,7 @@ def test_a_checkpoint_whose_digest_is_not_of_its_theta_is_refused(tmp_path: Path
         read_file(CheckpointStore(tmp_path).save(wrong))
 
 
-@pytest.mark.parametrize("step", ["save_file", "_flush", "os.replace"])
+@pytest.mark.parametrize("step", ["save_file", "flush", "os.replace"])
 def test_a_save_that_fails_at_any_step_hides_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

@@ -139,7 +139,7 @@ def test_counts_outlive_a_network_process(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(dht_exchange, "NetworkProcess", lambda *_: Process(private_folder=tmp_path))
     worker = DhtExchange(PeerSettings(tmp_path / "identity.key"))
-    swarm: dict[str, Any] = {"event": "swarm", "peers": [], "traffic": [40, 30, 100]}
+    swarm: dict[str, Any] = {"event": "swarm", "peers": [], "traffic": {"up": 40, "down": 30, "wire": 100}}
     worker._hear({**swarm, "refusals": {"no-token": 2, "expired": 1}})
     worker._come_back()
     worker._hear({**swarm, "refusals": {"no-token": 3}})

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dtrain.trainer.exchange import ARCHIVING, PeerView, Provider, Watch, can_give, is_archive, work_of
+from dtrain.trainer.disk import flush
+from dtrain.trainer.exchange import ARCHIVING, Given, PeerView, Provider, Watch, can_give, is_archive, work_of
 
 NOTE = "state.json"
 SHARE = 0.1  # of the time that may go into downloads
@@ -31,16 +32,6 @@ class Kept:
     work: float
     digest: str  # hex
     file: str
-
-
-@dataclass(frozen=True)
-class Given:
-    """See `exchange.Given`."""
-
-    round: int
-    work: float
-    digest: bytes
-    hashes: Sequence[bytes]
 
 
 class Fetched(Protocol):
@@ -100,10 +91,10 @@ class StateFile:
         kept = Kept(fetched.round, fetched.work, digest, f"{digest[:16]}.state")
         with self._lock:
             os.replace(fetched.path, self._folder / kept.file)
-            _flush(self._folder / kept.file)  # the note must not outlive a power cut that its file does not
+            flush(self._folder / kept.file)  # the note must not outlive a power cut that its file does not
             draft = self._folder / f"{NOTE}.tmp"
             draft.write_text(json.dumps(asdict(kept)) + "\n")
-            _flush(draft)
+            flush(draft)
             os.replace(draft, self._folder / NOTE)
             self.kept = kept
             self._sweep()
@@ -134,14 +125,6 @@ class StateFile:
         if hashlib.sha256(b"".join(hashes)).hexdigest() != kept.digest:
             raise OSError(f"{kept.file} is not what it was when it was written")
         return Given(kept.round, kept.work, bytes.fromhex(kept.digest), hashes)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Archivist:

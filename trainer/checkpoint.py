@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dtrain.trainer.disk import flush
 from dtrain.trainer.errors import CheckpointError, RunError, UsageError
 from dtrain.trainer.outer import digest_of
 
@@ -78,10 +79,10 @@ class CheckpointStore:
         temporary = path.with_suffix(".tmp")
         try:
             save_file(_storable(checkpoint), temporary, metadata=_metadata(checkpoint))
-            _flush(temporary)
+            flush(temporary)
             os.replace(temporary, path)
             self._retire(checkpoint.round)
-            _flush(self.folder)
+            flush(self.folder)
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
                 temporary.unlink()
@@ -199,15 +200,6 @@ def _seal(body: str, tensors: Mapping[str, Tensor]) -> str:
         if tensor.numel():
             sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _one_line(error: BaseException) -> str:

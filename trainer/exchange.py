@@ -12,6 +12,7 @@ Failures that a swarm brings about every day (nobody there, we are behind, a red
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from mmap import mmap
 from typing import Protocol
 
@@ -104,23 +105,18 @@ def can_give(view: PeerView) -> bool:
     return says_so and view.status.get("reach") != "client"
 
 
-class Given(Protocol):
-    """What a worker says of the state that it has just written out for newcomers."""
+@dataclass(frozen=True)
+class Given:
+    """What a worker, or an archive, says of the state that it has just written out for newcomers."""
 
-    @property
-    def round(self) -> int: ...
-
-    @property
-    def work(self) -> float:
-        """Tokens trained in the history of this state; of two histories the one with more work is the run's."""
-
-    @property
-    def digest(self) -> bytes:
-        """What heartbeats carry: the SHA-256 of `hashes`, one after another."""
-
-    @property
-    def hashes(self) -> Sequence[bytes]:
-        """SHA-256 of each piece of the state's bytes."""
+    round: int
+    """Outer steps behind it."""
+    work: float
+    """Tokens trained in the history of this state; of two histories the one with more work is the run's."""
+    digest: bytes
+    """What heartbeats carry: the SHA-256 of `hashes`, one after another."""
+    hashes: Sequence[bytes]
+    """SHA-256 of each piece of the state's bytes."""
 
 
 Provider = Callable[[Callable[[memoryview], object]], Given]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 from dtrain.compression.codec import Codec
 from dtrain.trainer.checkpoint import Checkpoint
 from dtrain.trainer.errors import CheckpointError, RunError
-from dtrain.trainer.exchange import State
+from dtrain.trainer.exchange import Given, State
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.manifest import Manifest
 from dtrain.trainer.outer import (
@@ -28,16 +27,6 @@ from dtrain.trainer.outer import (
     raw_bytes,
 )
 from dtrain.trainer.strategy import Strategy
-
-
-@dataclass(frozen=True)
-class Given:
-    """What newcomers get from us; see `exchange.Given`."""
-
-    round: int
-    work: float
-    digest: bytes
-    hashes: Sequence[bytes]
 
 
 class OuterLoop:

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 
 
-class Tally:
-    """Counts by reason, over all network processes of a worker."""
+class RunningCounts:
+    """Counts by name, over all network processes of a worker."""
 
     def __init__(self) -> None:
         self._past: Counter[str] = Counter()
