@@ -12,6 +12,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
+END_S = 2.0  # for what is under way when the worker is gone
+
 
 def put_off(name: str) -> None:
     """Have `import name` cost nothing until something of it is used."""
@@ -31,7 +33,22 @@ async def _serve(connection: socket.socket) -> None:
     from dtrain.dht.peer import NetworkPeer
 
     reader, writer = await asyncio.open_connection(sock=connection, limit=2**22)
-    await NetworkPeer(reader, writer).serve()
+    try:
+        await NetworkPeer(reader, writer).serve()
+    except Exception:
+        logging.exception("the network process fails")
+    await _end_the_rest()
+
+
+async def _end_the_rest() -> None:
+    """Not left to `asyncio.run`, which waits without end: a connection that is just being made, when the worker is
+    killed, may not let itself be cancelled. A daemon that nobody speaks to ends by itself."""
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest:
+        task.cancel()
+    if rest:
+        await asyncio.wait(rest, timeout=END_S)
+    os._exit(0)  # hivemind's helper threads never end
 
 
 def main() -> None:
@@ -47,7 +64,6 @@ def main() -> None:
     # hivemind leaves tasks behind when it stops looking
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     asyncio.run(_serve(socket.socket(fileno=int(sys.argv[1]))))
-    os._exit(0)  # hivemind's helper threads never end
 
 
 if __name__ == "__main__":

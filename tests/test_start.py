@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -26,3 +27,44 @@ def test_hivemind_comes_without_scipys_optimizers() -> None:
         "assert 'scipy.linalg' not in sys.modules and 'scipy.sparse' not in sys.modules"
     )
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], check=True)
+
+
+STUCK = """
+import asyncio
+from dtrain.dht import peer, start
+from dtrain.dht.streams import in_background
+
+class Peer:
+    def __init__(self, reader, writer):
+        self.reader = reader
+
+    async def serve(self):
+        in_background(self.connect())
+        print("connects", flush=True)
+        await self.reader.read()
+
+    async def connect(self):
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                pass
+
+peer.NetworkPeer = Peer
+start.main()
+"""
+
+
+def test_who_is_stuck_when_its_worker_is_gone_ends_all_the_same() -> None:
+    """A worker that is killed while its network process connects leaves no process behind."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [sys.executable, "-c", STUCK, str(theirs.fileno())]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == b"connects\n"
+        ours.close()
+        assert process.wait(20.0) == 0
+    finally:
+        process.kill()
+        process.communicate()
