@@ -47,7 +47,9 @@ def serve(connection: Connection, folder: Path, num_points: int, num_workers: in
 
     app = create_app(hub=hub, access=Access(), run=_Watched(history))
     first = num_points // len(CURVES)
-    threading.Thread(target=_play, args=(history, hub, num_workers, first), daemon=True).start()
+    begun = threading.Event()
+    threading.Thread(target=_play, args=(history, hub, num_workers, first, begun), daemon=True).start()
+    begun.wait()  # before the first round there is nothing to paint
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     connection.send(listener.getsockname()[1])
     make_server(app, hub).run(sockets=[listener])
@@ -69,8 +71,8 @@ def _fill(history: History, num_points: int) -> None:
             )
 
 
-def _play(history: History, hub: Hub, num_workers: int, first: int) -> None:
-    """A round a second, for ever."""
+def _play(history: History, hub: Hub, num_workers: int, first: int, begun: threading.Event) -> None:
+    """A round a second, for ever; `begun` is set after the first."""
     state, round = RunState(ABOUT, history), first
     while True:
         round += 1
@@ -83,6 +85,7 @@ def _play(history: History, hub: Hub, num_workers: int, first: int) -> None:
         )
         state.read({f"12D3KooW{n:0>44}": bulletin for n in range(num_workers)}, {}, now)
         hub.publish(state.snapshot(time.time()).to_dict())
+        begun.set()
         time.sleep(max(0.0, now + 1.0 - time.time()))
 
 
