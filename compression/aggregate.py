@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +27,21 @@ def check_contributors(contributors: list[tuple[int, float]]) -> list[tuple[int,
     return contributors
 
 
-def check_members(contributors: Sequence[tuple[int, float]], num_members: int) -> None:
+def check_refused(refused: Mapping[int, str], contributors: Sequence[tuple[int, float]]) -> None:
+    """CompressionError unless these are reasons that exist, of others than the contributors."""
+    for index, reason in refused.items():
+        if (
+            reason not in wire.REFUSALS
+            or not 0 <= index <= wire.MAX_CONTRIBUTORS
+            or index in dict(contributors)
+        ):
+            raise CompressionError(f"contributor {index} cannot be refused as {reason!r}")
+
+
+def check_members(named: Sequence[int], num_members: int) -> None:
     """Raise PayloadError "bad-contributors" when an index is not one of the group's."""
-    if contributors[-1][0] >= num_members:
-        raise PayloadError("bad-contributors", f"index {contributors[-1][0]} in a group of {num_members}")
+    if max(named) >= num_members:
+        raise PayloadError("bad-contributors", f"index {max(named)} in a group of {num_members}")
 
 
 def normalized(contributors: Sequence[tuple[int, float]]) -> list[float]:

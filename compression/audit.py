@@ -19,7 +19,7 @@ import torch
 from dtrain.compression import wire
 from dtrain.compression.codec import Codec
 from dtrain.compression.plausible import implausible
-from dtrain.compression.screen import MIN_MEMBERS, Section, judge, scalar_products
+from dtrain.compression.screen import MIN_MEMBERS, REASONS, Section, judge, scalar_products
 
 OPENED_BYTES = 256 * 1024  # of a residual, that one audit looks at; at least one unit
 LOOKED_BYTES = 1024 * 1024  # of a span's values, that a member compares with its own
@@ -140,15 +140,16 @@ def recompute(
     contributors = codec.contributors(aggregate)
     weight = math.fsum(weight for _, weight in contributors)
     left_over = before / weight
-    place = {"first_chunk": first_chunk, "num_chunks": num_chunks}
+    place = first_chunk, num_chunks
     again = codec.reduce(
-        [(index, weight, codec.cut(sections[index], **place)) for index, weight in contributors],
+        [(index, weight, codec.cut(sections[index], *place)) for index, weight in contributors],
         residual=left_over,
         run=head.run,
         round=head.round,
-        **place,
+        first_chunk=first_chunk,
+        num_chunks=num_chunks,
     )
-    same = part_of(codec, again, **place) == part_of(codec, aggregate, **place)
+    same = part_of(codec, again, *place) == part_of(codec, aggregate, *place)
     return same, left_over * weight
 
 
@@ -164,13 +165,17 @@ def part_of(codec: Codec, aggregate: bytes, first_chunk: int, num_chunks: int) -
 def miscounted(
     codec: Codec, aggregate: bytes, sections: Sequence[Section], span: tuple[int, int], *, screens: bool
 ) -> list[int]:
-    """Members whose section counts for more or less in an aggregate than it must.
+    """Members whose section counts for more or less in an aggregate than it must, or is refused unseen.
 
     sections: all that the reducer had, with the weights that their senders claim. Where reducers screen, a section
     counts for what the screen makes of it; on the brink of a verdict the reducer may choose.
     """
     found = dict(codec.contributors(aggregate))
     claimed = {index: weight for index, weight, _ in sections}
+    refused = codec.refused(aggregate)
+    unseen = [index for index, why in refused.items() if why in REASONS and index not in claimed]
+    if unseen:
+        return unseen
     if not screens or len(sections) < MIN_MEMBERS:
         return [index for index, weight in claimed.items() if found.get(index, 0.0) != weight]
     exact, num_values = scalar_products(codec, [section for _, _, section in sections], *span)

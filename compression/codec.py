@@ -7,7 +7,7 @@ the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -137,6 +137,7 @@ class Codec:
         sections: Sequence[tuple[int, float, bytes]],
         *,
         residual: torch.Tensor | None = None,
+        refused: Mapping[int, str] | None = None,
         run: bytes,
         round: int,
         first_chunk: int,
@@ -146,17 +147,20 @@ class Codec:
 
         Without `residual`: the exact union, every contributor's payload as it came. With it (from
         `residual()`, updated in place): the weighted mean plus the residual, compressed again with
-        aggregate_k and aggregate_bits.
+        aggregate_k and aggregate_bits; it then also names whom the reducer has `refused`
+        {contributor index: one of wire.REFUSALS}.
         """
         self.layout.split(first_chunk, num_chunks)
         _check_place(run, round)
         ordered = sorted(sections, key=lambda section: section[0])
         contributors = agg.check_contributors([(index, weight) for index, weight, _ in ordered])
         place = (first_chunk, num_chunks)
-        head = wire.pack_contributors(contributors)
         if residual is None:
+            head = wire.pack_contributors(contributors)
             parts = [head, *(payload for _, _, payload in ordered)]
             return wire.seal(wire.UNION, self._id, run, round, place, parts, len(ordered))
+        agg.check_refused(refused or {}, contributors)
+        head = wire.pack_contributors(contributors, refused)
         check_flat(f"residual of chunks {place}", residual, self._numel(*place))
         opened = [self._open(payload, place)[1] for _, _, payload in ordered]
         for weight, section in zip(agg.normalized(contributors), opened, strict=True):
@@ -168,7 +172,8 @@ class Codec:
         )
         lengths, groups = self.kernel.compress(fmt, residual[:cut], first_group, end_group)
         body = fmt.join(lengths, groups, self._dense.send(residual[cut:], first_dense, end_dense))
-        return wire.seal(wire.RECOMPRESSED, self._id, run, round, place, [head, *body], len(ordered))
+        num_named = len(ordered) + len(refused or {})
+        return wire.seal(wire.RECOMPRESSED, self._id, run, round, place, [head, *body], num_named)
 
     def check_aggregate(
         self, aggregate: bytes, *, run: bytes, round: int, first_chunk: int, num_chunks: int, num_members: int
@@ -178,7 +183,8 @@ class Codec:
         head, body = wire.open_header(aggregate, _AGGREGATES)
         self._match(head, run, round, (first_chunk, num_chunks))
         contributors, rest = wire.unpack_contributors(head, body)
-        agg.check_members(contributors, num_members)
+        named = [index for index, _ in contributors] + list(wire.unpack_refused(head, body))
+        agg.check_members(named, num_members)
         if head.kind == wire.RECOMPRESSED:
             self._check_body(self.aggregate_format, rest, first_chunk, num_chunks)
             return
@@ -189,6 +195,13 @@ class Codec:
         """(index in the group's canonical order, weight) of everyone whose payload is in the aggregate."""
         head, body = wire.open_header(aggregate, _AGGREGATES, checksum=False)
         return tuple(wire.unpack_contributors(head, body)[0])
+
+    def refused(self, aggregate: bytes) -> dict[int, str]:
+        """By index in the group's canonical order: whom the aggregate's reducer has left out, and which of
+        wire.REFUSALS is the reason. A member that is neither here nor a contributor has not been heard.
+        """
+        head, body = wire.open_header(aggregate, _AGGREGATES, checksum=False)
+        return wire.unpack_refused(head, body)
 
     def union(self, aggregate: bytes) -> list[tuple[int, bytes]]:
         """(contributor index, its payload) of a checked exact union; [] of a recompressed aggregate."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dtrain.compression.errors import PayloadError
@@ -15,6 +15,9 @@ from dtrain.compression.spec import CodecSpec
 MAGIC = b"DTRN"
 VERSION = 1
 PAYLOAD, UNION, RECOMPRESSED = 1, 2, 3  # kinds
+# Why a reducer has left a member out of a recompressed sum: what the section says beside the others' (screen.py), that
+# it breaks the format, that it came too late.
+REFUSALS = ("norm", "empty", "against", "malformed", "late")
 RUN_TAG_BYTES = 8
 CODEC_ID_BYTES = 8
 MAX_ROUND = 2**32 - 1
@@ -119,28 +122,46 @@ def match_header(
         raise PayloadError("wrong-range", f"covers chunks {there}, expected {here}")
 
 
-def pack_contributors(contributors: Sequence[tuple[int, float]]) -> bytes:
-    """(index, weight) of each contributor, ascending by index: u16 and f64 each."""
-    return b"".join(_CONTRIBUTOR.pack(index, weight) for index, weight in contributors)
+def pack_contributors(
+    contributors: Sequence[tuple[int, float]], refused: Mapping[int, str] | None = None
+) -> bytes:
+    """Index and weight of each contributor, ascending by index: u16 and f64 each. Among them whoever is `refused`
+    {index: one of REFUSALS}, with a weight of -1, -2, ...
+    """
+    codes = {index: -1.0 - REFUSALS.index(reason) for index, reason in (refused or {}).items()}
+    return b"".join(_CONTRIBUTOR.pack(*entry) for entry in sorted([*contributors, *codes.items()]))
 
 
 def unpack_contributors(head: Header, body: memoryview) -> tuple[list[tuple[int, float]], memoryview]:
     """Contributors of an aggregate and the rest of its body.
 
-    Raises PayloadError: "bad-length", "bad-contributors" (none, not ascending, or a weight out of range).
+    Raises PayloadError: "bad-length", "bad-contributors" (none, not ascending, a weight out of range, or a refusal
+    that does not exist).
     """
+    found, rest = _entries(head, body)
+    contributors = [(index, weight) for index, weight in found if weight > 0]
+    if not contributors:
+        raise PayloadError("bad-contributors", "an aggregate names at least one contributor")
+    return contributors, rest
+
+
+def unpack_refused(head: Header, body: memoryview) -> dict[int, str]:
+    """Whom the reducer has refused, and why. Raises what `unpack_contributors` does."""
+    return {index: REFUSALS[-int(weight) - 1] for index, weight in _entries(head, body)[0] if weight < 0}
+
+
+def _entries(head: Header, body: memoryview) -> tuple[list[tuple[int, float]], memoryview]:
     size = head.num_contributors * _CONTRIBUTOR.size
     if len(body) < size:
         raise PayloadError(
             "bad-length", f"{len(body)} bytes are too few for {head.num_contributors} contributors"
         )
     found = list(_CONTRIBUTOR.iter_unpack(body[:size]))
-    if not found:
-        raise PayloadError("bad-contributors", "an aggregate names at least one contributor")
     for position, (index, weight) in enumerate(found):
         if position and index <= found[position - 1][0]:
             raise PayloadError("bad-contributors", f"index {index} after {found[position - 1][0]}")
-        if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+        is_refusal = head.kind == RECOMPRESSED and -weight in range(1, len(REFUSALS) + 1)
+        if not (MIN_WEIGHT <= weight <= MAX_WEIGHT or is_refusal):
             raise PayloadError("bad-contributors", f"weight {weight} of contributor {index} is out of range")
     return found, body[size:]
 

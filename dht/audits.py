@@ -1,4 +1,6 @@
-"""What a member answers about sums: for its own ones, for what it has seen, and to those who bring evidence."""
+"""What a member answers about sums: for its own ones, for what it has seen, and to those who bring evidence; and whom
+it has nothing to do with any more because of that, or of the reducers' verdicts.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,14 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any, AsyncIterator  # noqa: UP035  # hivemind recognizes streams by typing's AsyncIterator only
 
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
 
 from dtrain.compression.codec import Codec
+from dtrain.compression.verdicts import Verdicts
 from dtrain.dht import evidence as proofs
 from dtrain.dht.auditor import Auditor, Reports, Sums
 from dtrain.dht.averager import SwarmAverager
@@ -100,7 +104,9 @@ class Audits(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
         auditor: Callable[[Callable[[str, str], Call]], Auditor],
         refuses: Callable[[str], str],
         count: Callable[[str], None],
+        on_round: Callable[[RoundRunner], None],
     ):
+        self._on_round = on_round
         self._p2p, self._prefix, self._timeout_s, self._refuses = p2p, prefix, timeout_s, refuses
         self._answers, self.auditor = answers, auditor(self._method)
         self._tribunal = Tribunal(self.auditor, timeout_s, count)
@@ -111,6 +117,7 @@ class Audits(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
 
     def note(self, runner: RoundRunner, record: RoundRecord) -> None:
         """A round counts, in which sums were compressed again."""
+        self._on_round(runner)
         if runner.kept is not None:
             self._answers.keep(runner.kept)
         self.auditor.look(Sums.of(runner, record))
@@ -173,6 +180,16 @@ async def open_audits(
             found.accused, found.setting.round + GUILTY_ROUNDS, proofs.reason_of(found)
         )
 
+    verdicts = Verdicts(codec)
+
+    def judged(runner: RoundRunner) -> None:
+        members = [member.peer_id for member in runner.members]
+        for sentence in verdicts.note(runner.setting.round, members, runner.aggregates):
+            heartbeats.count(f"put-out-{sentence.reason}")
+            if sentence.peer_id != identity.peer_id:
+                heartbeats.outcasts.put_out(sentence.peer_id, sentence.until, f"put-out-{sentence.reason}")
+            logging.warning("%s is put out up to round %d: %s", *astuple(sentence))
+
     def silent(peer_id: str) -> None:
         until = int(heartbeats.status["round"]) + SILENT_ROUNDS
         heartbeats.outcasts.put_out(peer_id, until, "audit-unanswered")
@@ -198,6 +215,7 @@ async def open_audits(
         auditor=auditor,
         refuses=heartbeats.refuses,
         count=heartbeats.count,
+        on_round=judged,
     )
     await audits.open()
     averager.on_sums = audits.note

@@ -12,7 +12,7 @@ import msgpack
 from dtrain.dht.reachability import CLIENT, DIRECT, RELAYED
 from dtrain.dht.uplink import MAX_MBPS
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MIN_WEIGHT = 1e-9  # tokens; the codec refuses to reduce weights below it
 
 

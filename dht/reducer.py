@@ -47,7 +47,9 @@ class SpanReducer:
         self._setting, self._identity, self._residual = setting, identity, residual
         self._screens, self._report, self._faults = screens, report, faults
         self._own_index = [member.peer_id for member in members].index(identity.peer_id)
-        self.refused: dict[int, str] = {}  # members that are not in the sum for what they sent, and why
+        self.refused: dict[
+            int, str
+        ] = {}  # members that are not in the sum for what or how they sent (wire.REFUSALS)
         self.why_not: dict[int, str] = {}  # in words, of everybody who is not in the sum
         self.kept: ReducedSpan | None = None  # to answer for the sum, if it is a recompressed one
         self.aggregate: asyncio.Future[tuple[Stamp, bytes]] = asyncio.get_running_loop().create_future()
@@ -66,11 +68,13 @@ class SpanReducer:
             self._inbox[sender] = section, signature
             self._inbox_changed.set()
 
-    def drop(self, sender: int, reason: str) -> None:
-        """A member's section will not come."""
+    def drop(self, sender: int, reason: str, verdict: str = "") -> None:
+        """A member's section will not come; where that is its own doing, the aggregate says so (wire.REFUSALS)."""
         if sender in self._active and sender not in self._inbox:
             self._active.discard(sender)
             self.why_not[sender] = reason
+            if verdict:
+                self.refused[sender] = verdict
             self._report(f"{self._members[sender].peer_id} is not in our span: {reason}")
             self._inbox_changed.set()
 
@@ -89,7 +93,7 @@ class SpanReducer:
 
     def _drop_the_slow(self, patience_s: float) -> None:
         for sender in list(self._active):
-            self.drop(sender, f"nothing within {patience_s:g} s")
+            self.drop(sender, f"nothing within {patience_s:g} s", "late")
 
     # ------------------------------------------------------------------ reducing
 
@@ -114,8 +118,9 @@ class SpanReducer:
         sections = [(i, self._members[i].weight, section) for i, section, _ in arrived]
         if self._screens:
             screened = screen(self._codec, sections, *self.span)
-            sections, self.refused = screened.sections, screened.refused
-            for sender, reason in self.refused.items():
+            sections = screened.sections
+            self.refused.update(screened.refused)
+            for sender, reason in screened.refused.items():
                 self.why_not[sender] = REASONS[reason]
                 self._report(f"{self._members[sender].peer_id} is not in our sum: {REASONS[reason]}")
         sections = list(self._faults.missum(self._setting.round, sections, self._own_index))
@@ -146,6 +151,7 @@ class SpanReducer:
         return self._codec.reduce(
             sections,
             residual=left_over,
+            refused=self.refused if self._screens else {},
             run=self._setting.run,
             round=self._setting.round,
             first_chunk=first,

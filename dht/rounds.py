@@ -30,6 +30,10 @@ from dtrain.dht.uplink import shares
 ATTEMPTS = 3
 
 
+class Malformed(StreamError):
+    """A section that the codec does not allow, or that its sender has not signed."""
+
+
 class RoundRunner:
     """Runs one round of one group for one member; serves the others while and after it does."""
 
@@ -126,8 +130,13 @@ class RoundRunner:
         return self._reducer.kept
 
     @property
+    def aggregates(self) -> list[bytes]:
+        """Those that came out of this group, each signed by its reducer."""
+        return list(self._parts.held.values())
+
+    @property
     def refused(self) -> dict[int, str]:
-        """Members whose sections we have kept out of our span's sum, and why."""
+        """Members whose sections we have kept out of our span's sum, and why: see wire.REFUSALS."""
         return self._reducer.refused
 
     def record(self, *, wait_s: float, exchange_s: float) -> RoundRecord:
@@ -268,7 +277,8 @@ class RoundRunner:
         try:
             section, signature = await self._read_section(sender, header, requests)
         except (StreamError, asyncio.TimeoutError) as error:
-            self._reducer.drop(sender, str(error) or "stalled")
+            verdict = "malformed" if isinstance(error, Malformed) else "" if str(error) else "late"
+            self._reducer.drop(sender, str(error) or "stalled", verdict)
             raise
         except asyncio.CancelledError:  # the connection broke
             self._reducer.disconnected(sender, connection)
@@ -297,10 +307,10 @@ class RoundRunner:
             run, round = self.setting.run, self.setting.round
             self.codec.check(section, run=run, round=round, first_chunk=first, num_chunks=count)
         except PayloadError as error:
-            raise StreamError(f"{error.reason}: {error}") from None
+            raise Malformed(f"{error.reason}: {error}") from None
         signature: bytes = header.get("signature", b"")
         if not is_section_of(self.members[sender].peer_id, self.setting, span, section, signature):
-            raise StreamError("bad-signature: its sender has not signed this section for this round")
+            raise Malformed("bad-signature: its sender has not signed this section for this round")
         return section, signature
 
     def serve_span(self, asker_id: str, span: object) -> tuple[Header, bytes]:

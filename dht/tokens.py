@@ -45,6 +45,11 @@ REASONS = {
     "not-listed": "this run admits listed machines only: ask the organizer to list this one",
     "wrong-sum": "the others have proof that this machine made a wrong sum: is its software altered, its memory bad?",
     "two-sums": "the others have proof that this machine made two sums of one round: does another one use its key?",
+    "put-out-norm": "its updates were far longer than the others', round after round: is its software altered?",
+    "put-out-empty": "its updates said nothing beside the others', round after round: is its software altered?",
+    "put-out-against": "its updates pointed away from the others', round after round: is its data the run's?",
+    "put-out-malformed": "what it sent broke the format, round after round: is its software altered, its memory bad?",
+    "put-out-late": "what it sent came too late, round after round: is its uplink too slow for this run?",
     "audit-unanswered": "the others asked this machine in vain what its sums were made of: is its uplink too slow?",
 }
 

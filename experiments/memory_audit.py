@@ -63,8 +63,9 @@ class Audits:
         """A recompressed sum of this round that has reached everybody."""
         self._sums[made.reducer] = made
 
-    def look(self, round: int, names: Sequence[str], payloads: Sequence[bytes]) -> None:
-        """The round is over: everybody audits whom the draw says."""
+    def look(self, round: int, names: Sequence[str], payloads: Sequence[bytes]) -> list[str]:
+        """The round is over: everybody audits whom the draw says. Who is found guilty now."""
+        before = set(self.guilty)
         aggregates = {j: made.aggregate for j, made in self._sums.items()}
         for i, name in enumerate(names):
             ticket = hashlib.sha256(f"{name} {round}".encode()).digest()
@@ -76,6 +77,7 @@ class Audits:
                 if self._is_wrong(self._sums[j], audit.number_of(ticket)):
                     self.guilty.setdefault(names[j], round)
         self._sums = {}
+        return [name for name in self.guilty if name not in before]
 
     def _is_wrong(self, made: Sum, number: int) -> bool:
         codec = self._codec

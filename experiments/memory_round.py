@@ -18,9 +18,13 @@ from dtrain.compression.codec import Codec
 from dtrain.compression.errors import PayloadError
 from dtrain.compression.residual import Residual
 from dtrain.compression.screen import REASONS, Section, screen
+from dtrain.compression.verdicts import Sentence, Verdicts
 from dtrain.experiments.memory_audit import CHEATS, Audits, Sum, mean_of
 
 Floats = npt.NDArray[np.float64]
+GUILTY_ROUNDS = 1000  # for which a reducer that is proven to cheat stays out
+LATE_S = 3600.0  # no section takes longer
+LEAVES_OUT = "leaves-out"
 _Sections = dict[tuple[int, int], bytes]
 """By (index of the sender, index of the reducer)."""
 
@@ -46,7 +50,11 @@ class Faults:
     spans: frozenset[tuple[int, str]] = frozenset()
     """(round, reducer): the reducer's aggregate reaches nobody."""
     sums: Mapping[str, str] = field(default_factory=dict)
-    """{reducer: kind of `memory_audit.CHEATS`}: it makes wrong sums, in every round."""
+    """{reducer: kind of `memory_audit.CHEATS`}: it makes wrong sums, in every round; or LEAVES_OUT: it says that
+    half of the sections never came.
+    """
+    late: frozenset[str] = frozenset()
+    """Senders whose sections come too late for every reducer, in every round."""
 
 
 @dataclass
@@ -61,7 +69,11 @@ class Reduced:
     bytes_down: Counter[str] = field(default_factory=Counter)
     num_lost_sections: int = 0
     refused: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By (sender, reason): sections that reducers left out for what they said."""
+    """By (sender, one of wire.REFUSALS): sections that reducers left out."""
+    verdicts: dict[int, dict[int, str]] = field(default_factory=dict)
+    """The same by index: {reducer: {sender: reason}}."""
+    sentences: list[Sentence] = field(default_factory=list)
+    """Who is put out because of this round."""
     reduced_s: Floats = field(default_factory=lambda: np.zeros(0))
     """[members]: when each had all sections of its span that it waited for, seconds from the group's meeting."""
     ends_s: dict[str, float] = field(default_factory=dict)
@@ -136,6 +148,7 @@ class GroupReducer:
     ) -> None:
         self._screens = screens
         self.audits = Audits(codec, screens) if audits else None
+        self._judgement = Verdicts(codec)
         self._codec = codec
         self._run = run
         self._exact_up_to = max(1, exact_up_to)  # recompression gains nothing for a worker that is alone
@@ -153,8 +166,11 @@ class GroupReducer:
         spans = self._codec.spans(self.audits.shares(names) if self.audits else [1.0] * len(names))
         sections = self._scatter(round, members, spans, result)
         self._gather(round, members, spans, sections, result)
+        if self._screens:
+            result.sentences = self._judgement.note(round, names, result.aggregates)
         if self.audits:
-            self.audits.look(round, names, [member.payload for member in members])
+            guilty = self.audits.look(round, names, [member.payload for member in members])
+            result.sentences += [Sentence(name, round + GUILTY_ROUNDS, "wrong-sum") for name in guilty]
         return result
 
     def _scatter(
@@ -166,10 +182,14 @@ class GroupReducer:
         sent = np.zeros((len(members), len(members)))
         for j, span in enumerate(spans):
             for i, member in enumerate(members):
-                section = self._section(round, member, names[j], span, result) if span[1] else None
-                if section is not None:
-                    sections[i, j] = section
-                    sent[i, j] = len(section) if i != j else 0
+                if not span[1]:
+                    continue
+                section = self._section(round, member, names[j], span, result)
+                if section is None:
+                    _refuse(result, names, i, j, "malformed")
+                    continue
+                sections[i, j] = section
+                sent[i, j] = len(section) if i != j else 0
         arrived_s = self._links.arrivals_s(names, sent, np.zeros(len(members)))
         for (i, j), section in list(sections.items()):
             if i == j:
@@ -177,10 +197,12 @@ class GroupReducer:
             result.bytes_up[names[i]] += len(section)
             if (round, names[i], names[j]) in self._faults.sections:
                 problem = f"{names[j]} did not get a section of {names[i]}"
-            elif arrived_s[i, j] > self._patience_s:
+            elif names[i] in self._faults.late or arrived_s[i, j] > self._patience_s:
                 problem = (
                     f"a section of {names[i]} reached {names[j]} too late, after {arrived_s[i, j]:.1f} s"
                 )
+                _refuse(result, names, i, j, "late")
+                arrived_s[i, j] = max(arrived_s[i, j], min(self._patience_s, LATE_S))
             else:
                 result.bytes_down[names[j]] += len(section)
                 continue
@@ -208,8 +230,10 @@ class GroupReducer:
             arrived = [(i, m.weight, sections[i, j]) for i, m in enumerate(members) if (i, j) in sections]
             judged = arrived
             if self._screens and len(members) > self._exact_up_to:
-                judged = self._screened(names, span, arrived, result)
-            aggregate, before = self._aggregate(round, names[j], span, judged, len(members))
+                judged = self._screened(names, j, span, arrived, result)
+            aggregate, before = self._aggregate(
+                round, names[j], span, judged, len(members), result.verdicts.get(j, {})
+            )
             is_lost = (round, names[j]) in self._faults.spans
             if self.audits and aggregate and before is not None and not is_lost:
                 self.audits.keep(Sum(j, span, arrived, aggregate, before))
@@ -228,11 +252,11 @@ class GroupReducer:
         result.ends_s = {name: float(end) for name, end in zip(names, np.maximum(ends_s, result.reduced_s))}
 
     def _screened(
-        self, names: Sequence[str], span: tuple[int, int], arrived: list[Section], result: Reduced
+        self, names: Sequence[str], j: int, span: tuple[int, int], arrived: list[Section], result: Reduced
     ) -> list[Section]:
         screened = screen(self._codec, arrived, *span)
         for index, reason in screened.refused.items():
-            result.refused[names[index], reason] += 1
+            _refuse(result, names, index, j, reason)
             _report(result, names[index], span, REASONS[reason])
         return screened.sections
 
@@ -243,6 +267,7 @@ class GroupReducer:
         span: tuple[int, int],
         sections: Sequence[tuple[int, float, bytes]],
         num_members: int,
+        refused: Mapping[int, str],
     ) -> tuple[bytes, torch.Tensor | None]:
         """The aggregate, and the residual before it in units of weight times value if it was compressed again."""
         recompressed, residual = (
@@ -250,16 +275,24 @@ class GroupReducer:
             self._residuals.setdefault(reducer, Residual(self._codec)),
         )
         self._spans[reducer] = span if recompressed else (0, 0)
+        if self._faults.sums.get(reducer) == LEAVES_OUT:
+            sections = sections[len(sections) // 2 :]
         if not sections:
             return b"", None
         first, count = span
         weight = math.fsum(weight for _, weight, _ in sections)
         before = residual.draw(first, count, 1.0) if recompressed else None
         left_over = None if before is None else before / weight
-        if left_over is not None and reducer in self._faults.sums:
+        if left_over is not None and self._faults.sums.get(reducer) in CHEATS:
             left_over += CHEATS[self._faults.sums[reducer]](mean_of(self._codec, sections))
         aggregate = self._codec.reduce(
-            sections, residual=left_over, run=self._run, round=round, first_chunk=first, num_chunks=count
+            sections,
+            residual=left_over,
+            refused=refused if recompressed and self._screens else {},
+            run=self._run,
+            round=round,
+            first_chunk=first,
+            num_chunks=count,
         )
         self._codec.check_aggregate(
             aggregate,
@@ -290,6 +323,11 @@ class GroupReducer:
         residual = self._residuals.get(reducer)
         pieces = residual.release(*((0, 0) if all else self._spans[reducer])) if residual is not None else []
         return [(first, count, values.numpy().tobytes()) for first, count, values in pieces]
+
+
+def _refuse(result: Reduced, names: Sequence[str], sender: int, reducer: int, reason: str) -> None:
+    result.refused[names[sender], reason] += 1
+    result.verdicts.setdefault(reducer, {})[sender] = reason
 
 
 def _report(result: Reduced, peer_id: str, span: tuple[int, int], problem: str) -> None:

@@ -27,6 +27,9 @@ from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
 from dtrain.trainer.exchange import ABSENT, ALONE, DONE, NO_GROUP, STALE, Provider
 from dtrain.trainer.manifest import Manifest
 
+Tamper = Callable[[int, dict[str, Contribution]], dict[str, Contribution]]
+"""(round, members' contributions by peer id, in canonical order) -> what they send instead, of the same members."""
+
 KEPT_ROUNDS = 64
 """Past rounds that each worker can still hand to a straggler."""
 
@@ -129,13 +132,18 @@ class MemorySwarm:
         links: Links = INSTANT,
         kept_rounds: int = KEPT_ROUNDS,
         observe: Callable[[int, Reduced], None] = lambda round, reduced: None,
+        tamper: Tamper = lambda round, entries: entries,
+        audits: bool = False,
     ) -> None:
         """`changed` is what the workers wait on and must belong to `clock`; `links` say how long bytes take;
-        `observe` sees what every round came to.
+        `observe` sees what every round came to; `tamper` is what hostile members make of their contributions; with
+        `audits` the members audit each other's sums.
         """
         self.terms, self.clock, self.links = manifest.exchange, clock, links
         self.changed = changed or threading.Condition()
-        self._kept_rounds, self._observe = kept_rounds, observe
+        self._kept_rounds, self._observe, self._tamper = kept_rounds, observe, tamper
+        self._newest = -1  # round that was reduced
+        self._out: dict[str, int] = {}  # put out, up to and including that round
         self._peers: dict[str, MemoryPeer] = {}
         self._meetings: dict[int, _Meeting] = {}
         self._reducer = GroupReducer(
@@ -146,6 +154,7 @@ class MemorySwarm:
             links,
             self.terms.sender_timeout_s,
             self.terms.screens,
+            audits,
         )
         self._reducing = threading.Lock()
         self._started = False
@@ -183,8 +192,14 @@ class MemorySwarm:
         return {
             other: peer
             for other, peer in sorted(self._peers.items())
-            if other != peer_id and peer.announced and self.age_s(peer) < self.terms.heartbeat_ttl_s
+            if other != peer_id
+            and peer.announced
+            and self.age_s(peer) < self.terms.heartbeat_ttl_s
+            and not self._is_out(other)
         }
+
+    def _is_out(self, peer_id: str) -> bool:
+        return self._out.get(peer_id, -1) > self._newest
 
     def age_s(self, peer: MemoryPeer) -> float:
         """Seconds since the last heartbeat; a living worker's is always new."""
@@ -197,6 +212,9 @@ class MemorySwarm:
         name, now = contribution.peer_id, self.clock.monotonic
         self._pass(self.links.codec_s(name))
         started = now()
+        if self._is_out(name):
+            self._pass(self.terms.matchmaking_s)
+            return MemoryOutcome(NO_GROUP, round, problem="the others do not let this machine take part")
         with self.changed:
             meeting = self._meetings.setdefault(round, _Meeting(started))
             meeting.entries[name] = contribution
@@ -299,7 +317,10 @@ class MemorySwarm:
         meeting.outcomes = dict.fromkeys(verdicts, failed)
         try:
             with self._reducing:
-                reduced = self._reducer.reduce(round, [meeting.entries[name] for name in names])
+                entries = self._tamper(round, {name: meeting.entries[name] for name in names})
+                reduced = self._reducer.reduce(round, list(entries.values()))
+                self._newest = max(self._newest, round)
+                self._out.update((sentence.peer_id, sentence.until) for sentence in reduced.sentences)
                 self._observe(round, reduced)
             outcomes = {
                 name: MemoryOutcome(verdict, round, meeting.entries[name].base_digest)

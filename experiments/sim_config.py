@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from dtrain.experiments.attacks import ATTACKS
 from dtrain.experiments.network import PROFILES, Link, profile_links
 from dtrain.trainer.config import require, settle_types
 
@@ -112,6 +113,30 @@ class ChurnConfig:
         require(0 <= self.crash_share <= 1, "churn.crash_share", "be between 0 and 1", self.crash_share)
 
 
+@dataclass(frozen=True)
+class AttackConfig:
+    """Hostile workers among those that begin the run: the last ones."""
+
+    SECTION: ClassVar[str] = "attack"
+
+    kind: str = ""
+    """What they do: one of `attacks.ATTACKS`."""
+    attackers: int = 0
+    """How many they are."""
+    audits: bool = False
+    """Whether members audit each other's sums, as real ones always do, where exchange.screens is on: it costs the
+    simulation time.
+    """
+
+    def __post_init__(self) -> None:
+        settle_types(self, self.SECTION)
+        choices = ", ".join(ATTACKS)
+        require(self.kind in ("", *ATTACKS), "attack.kind", f"be one of {choices}", self.kind)
+        require(self.attackers >= 0, "attack.attackers", "be at least 0", self.attackers)
+        rule = "be above 0 with an attack.kind, and 0 without"
+        require((self.attackers > 0) == bool(self.kind), "attack.attackers", rule, self.attackers)
+
+
 OWN_SECTIONS: dict[str, type[Any]] = {
-    kind.SECTION: kind for kind in (SimulateConfig, NetworkConfig, MachinesConfig, ChurnConfig)
+    kind.SECTION: kind for kind in (SimulateConfig, NetworkConfig, MachinesConfig, ChurnConfig, AttackConfig)
 }

@@ -19,6 +19,7 @@ from typing import Any
 
 from dtrain.experiments.sim_config import (
     OWN_SECTIONS,
+    AttackConfig,
     ChurnConfig,
     MachinesConfig,
     NetworkConfig,
@@ -51,6 +52,7 @@ class RunSpec:
     network: NetworkConfig
     machines: MachinesConfig
     churn: ChurnConfig
+    attack: AttackConfig = field(default_factory=AttackConfig)
     settings: Mapping[str, object] = field(default_factory=dict)
     """Dotted key -> value of what is varied."""
 
@@ -60,6 +62,8 @@ class RunSpec:
         sections = {name: asdict(getattr(self, name)) for name in OWN_SECTIONS}
         for name in ("seeds", "target_loss"):  # they change no run
             del sections["simulate"][name]
+        if self.attack == AttackConfig():  # runs of before there were attacks keep their names
+            del sections["attack"]
         text = json.dumps([self.manifest.to_dict(), sections], sort_keys=True)
         slug = re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")[:60]
         return f"{slug}-s{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -157,6 +161,8 @@ def _run(
         f"be one of {choices}",
         manifest.train.optimizer,
     )
+    rule, most = "leave at least one honest worker", own["simulate"].workers - 1
+    require(own["attack"].attackers <= most, "attack.attackers", rule, own["attack"].attackers)
     steps, inner = own["simulate"].steps, manifest.train.inner_steps
     require(steps % inner == 0, "simulate.steps", f"be a multiple of train.inner_steps = {inner} here", steps)
     shown = {key: settings[key] for key in varied if key in settings}

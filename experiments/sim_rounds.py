@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +58,9 @@ class RoundLog:
         self._allreduce_bytes = 0.0
         self._steps = 0.0
         self._one_theta = True
+        self._sentenced: dict[str, tuple[int, str]] = {}
+        self._out_rounds: Counter[str] = Counter()
+        self._attended: Counter[str] = Counter()
         self.last: Row = {}
         """The line of the newest round."""
 
@@ -68,6 +72,23 @@ class RoundLog:
         """The exchange that ends the round numbered `round` from 0."""
         if reduced.num_lost_sections:
             self._lost[round + 1] = self._lost.get(round + 1, 0) + reduced.num_lost_sections
+        for sentence in reduced.sentences:
+            self._sentenced.setdefault(sentence.peer_id, (round + 1, sentence.reason))
+            self._out_rounds[sentence.peer_id] += min(sentence.until, self._rounds_in_all) - round
+        self._attended.update(reduced.bytes_up.keys())
+
+    def sentences(self, attackers: Collection[str]) -> Row:
+        """Who was put out: of `attackers` how many, by which round the last of them for the first time, and why; and of
+        the others, in rounds of one member each.
+        """
+        found = {name: self._sentenced[name] for name in sorted(attackers) if name in self._sentenced}
+        return {
+            "attackers_out": len(found),
+            "attackers_out_by_round": max((round for round, _ in found.values()), default=None),
+            "attackers_out_for": sorted({reason for _, reason in found.values()}),
+            "honest_rounds": sum(n for name, n in self._attended.items() if name not in attackers),
+            "honest_out_rounds": sum(n for name, n in self._out_rounds.items() if name not in attackers),
+        }
 
     def evaluated(self, now_s: float, round: int, eval_loss: float, tokens: int) -> None:
         """Theta of a round was evaluated."""

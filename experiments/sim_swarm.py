@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.compression.codec import Codec
+from dtrain.experiments.attacks import Attack
 from dtrain.experiments.memory import MemoryExchange, MemorySwarm
 from dtrain.experiments.network import ModelledLinks
 from dtrain.experiments.results import Row
+from dtrain.experiments.sim_config import AttackConfig
 from dtrain.experiments.sim_file import RunSpec
 from dtrain.experiments.sim_rounds import RoundLog
 from dtrain.experiments.virtual_time import Actor, VirtualClock, VirtualCondition
@@ -42,6 +44,7 @@ class VirtualWorker:
             corpus=corpus,
         )
         self.actor: Actor | None = None
+        self._on_end = simulation.ended
         self._log.begins(name)
 
     def write(self, event: str, **fields: Any) -> None:
@@ -57,6 +60,7 @@ class VirtualWorker:
         self.worker.run()
         self._log.traffic(self.name, *self.exchange.traffic())
         self.exchange.close()
+        self._on_end()
 
 
 class Simulation:
@@ -71,21 +75,27 @@ class Simulation:
         train = self.manifest.train
         self.log = RoundLog(codec.num_params, train.batch_size * train.seq_len, spec.rounds, write)
         self._links = ModelledLinks(codec.num_params)
+        self._names = [worker_name(index) for index in range(spec.simulate.workers)]
+        hostile = self._names[spec.simulate.workers - spec.attack.attackers :]
+        self.attack = Attack(codec, self.manifest.run_tag, spec.attack.kind, hostile, spec.seed)
         self.swarm = MemorySwarm(
             self.manifest,
             codec,
+            self.attack.faults,
             clock=self.clock,
             changed=VirtualCondition(self.clock),
             links=self._links,
             kept_rounds=KEPT_ROUNDS,
             observe=self.log.reduced,
+            tamper=self.attack.tamper,
+            audits=spec.attack.audits and self.manifest.exchange.screens,
         )
         self._present: dict[str, VirtualWorker] = {}
         self._num_born = 0
 
     def run(self, names: Sequence[str] = ()) -> Row:
         """Train to the last round; the run's row. `names` stand for worker-001 and so on (the data depends on them)."""
-        names = names or [worker_name(index) for index in range(self.spec.simulate.workers)]
+        names = names or self._names
         for name in names:
             self._begin(name)
         first = self._present[names[0]]
@@ -93,6 +103,13 @@ class Simulation:
         self.clock.run()
         self._evaluate_last(first.worker)
         return self._row(self.log.finish())
+
+    def ended(self) -> None:
+        """A worker is done: nobody is left for hostile ones that are put out to wait for."""
+        honest = [v for name, v in self._present.items() if name not in self.attack.attackers]
+        if not any(v.worker.outer.round < self.spec.rounds for v in honest):
+            for name in self.attack.attackers & self._present.keys():
+                self._present[name].worker.stop("the run is over")
 
     def _evaluate_last(self, worker: Worker) -> None:
         """A worker that fetched the last round from others has not evaluated it."""
@@ -121,7 +138,8 @@ class Simulation:
             eval_every=spec.eval_every if index == 0 else 0,  # theta is one: once is enough
             checkpoint_every=0,
         )
-        virtual = VirtualWorker(name, self, settings, self._part_of_data(index))
+        data = self.attack.data_of(name, self._part_of_data(index))
+        virtual = VirtualWorker(name, self, settings, data)
         virtual.actor = self.clock.spawn(name, virtual.run, self.clock.monotonic())
         self._present[name] = virtual
         self._num_born += 1
@@ -147,6 +165,7 @@ class Simulation:
             "inner_steps": manifest.train.inner_steps,
             "num_params": self.num_params,
             **outcome,
+            **(self.log.sentences(self.attack.attackers) if spec.attack != AttackConfig() else {}),
             "settings": dict(spec.settings),
         }
 
