@@ -115,6 +115,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         `expected()` is the number of live peers, ourselves included.
         """
         started, now = time.monotonic(), get_dht_time()
+        contribution = self._faults.update(self.codec, contribution, self.terms.run_tag)
         said = spoil_hello(contribution, self._faults.happen("matchmaking", contribution.round))
         patience_s = max(MIN_MATCHMAKING_S, self.terms.matchmaking_s)
         ticket = Ticket(

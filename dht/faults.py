@@ -3,6 +3,7 @@
 The plan comes as JSON in the environment variable DTRAIN_FAULTS, a list of `{"point", "round", "kind"}`:
 
 point            where in the round                                  kinds
+update           what we contribute                                  sign-flip, hundredfold
 matchmaking      before the group is sought                          kill, stop, weight, stale-round, wrong-digest
 first-part-sent  after the first piece of our section to a reducer   kill, stop, close
 half-sent        when half of it is sent                             kill, stop, close
@@ -14,6 +15,7 @@ aggregate        what we send to members                             garbage, wr
 audit            whom we audit once the round counts                 all
 before-report    when the round is done, before the worker hears     kill, stop
 
+A round of -1 means every round, and as often as the point is reached.
 Without the variable every hook is a look into an empty list.
 """
 
@@ -30,6 +32,9 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
+from dtrain.compression.codec import Codec
 from dtrain.dht.membership import Contribution
 
 STOPPED_S = 20.0
@@ -53,6 +58,8 @@ reach(os.kill, worker, signal.SIGCONT)
 """
 PIECE_BYTES = 2048  # with a plan, messages are cut smaller, so that there is a middle to fail in
 VARIABLE = "DTRAIN_FAULTS"
+EVERY = -1  # round
+FACTORS = {"sign-flip": -1.0, "hundredfold": 100.0}
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Fault:
 
 
 class FaultPlan:
-    """The faults that this process is to have, each once."""
+    """The faults that this process is to have, each once but for those of every round."""
 
     def __init__(self, faults: Sequence[Fault] = (), worker_pid: int = 0):
         self._faults = list(faults)
@@ -80,10 +87,11 @@ class FaultPlan:
         return cls([Fault(**fault) for fault in json.loads(os.environ.get(VARIABLE, "[]"))], worker_pid)
 
     def take(self, point: str, round: int) -> str:
-        """The kind of fault planned for here and now, or "" (as nearly always); it will not happen again."""
+        """The kind of fault planned for here and now, or "" (as nearly always)."""
         for fault in self._faults:
-            if fault.point == point and fault.round == round:
-                self._faults.remove(fault)
+            if fault.point == point and fault.round in (round, EVERY):
+                if fault.round != EVERY:
+                    self._faults.remove(fault)
                 print(f"planned fault: {fault.kind} at {point} of round {round}", file=sys.stderr, flush=True)
                 return fault.kind
         return ""
@@ -105,6 +113,15 @@ class FaultPlan:
         subprocess.Popen(command, start_new_session=True)
         os.kill(worker, signal.SIGSTOP)
         os.killpg(group, signal.SIGSTOP)
+
+    def update(self, codec: Codec, ours: Contribution, run: bytes) -> Contribution:
+        """What is contributed instead of ours, where that is planned: a payload as anybody's."""
+        kind = self.take("update", ours.round)
+        if not kind:
+            return ours
+        tensors = [torch.zeros(shape) for _, shape in codec.shapes]
+        values = FACTORS[kind] * codec.values(ours.payload)
+        return replace(ours, payload=codec.encode(tensors, values, decay=1.0, run=run, round=ours.round))
 
     def missum(
         self, round: int, sections: Sequence[tuple[int, float, bytes]], own_index: int

@@ -6,7 +6,6 @@ from their own update; all attackers of a run do the same.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
@@ -79,9 +78,10 @@ class Attack:
         self, round: int, own: Contribution, entries: dict[str, Contribution], honest: list[str]
     ) -> Contribution:
         if self._kind in UPDATES:
-            return replace(
-                own, payload=self._encode(round, UPDATES[self._kind](self._decode(own), self._draw))
-            )
+            values = UPDATES[self._kind](self._codec.values(own.payload), self._draw)
+            tensors = [torch.zeros(shape) for _, shape in self._codec.shapes]
+            made = self._codec.encode(tensors, values, decay=1.0, run=self._run, round=round)
+            return replace(own, payload=made)
         if self._kind == "not-finite":
             return replace(own, payload=_not_finite(own.payload))
         if self._kind == "replay":
@@ -92,26 +92,6 @@ class Attack:
         if self._kind == "tokens":
             return replace(own, weight=TOKENS_CLAIMED * own.weight)
         return own
-
-    def _decode(self, own: Contribution) -> Tensor:
-        """An update, all its tensors one after another."""
-        head, _ = wire.open_header(own.payload, (wire.PAYLOAD,))
-        aggregate = self._codec.reduce(
-            [(0, 1.0, own.payload)],
-            run=head.run,
-            round=head.round,
-            first_chunk=0,
-            num_chunks=self._codec.num_chunks,
-        )
-        return torch.cat([tensor.flatten() for tensor in self._codec.decode([aggregate])])
-
-    def _encode(self, round: int, update: Tensor) -> bytes:
-        shapes = [shape for _, shape in self._codec.shapes]
-        parts = torch.split(update, [math.prod(shape) for shape in shapes])
-        tensors = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        return self._codec.encode(
-            tensors, self._codec.error_feedback(), decay=0.0, run=self._run, round=round
-        )
 
 
 def _not_finite(payload: bytes) -> bytes:

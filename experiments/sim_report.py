@@ -126,6 +126,8 @@ def print_table(sweep: Sweep, folder: ResultFolder, failed: Mapping[str, str], c
     table.add_column("run")
     target = sweep.runs[0].simulate.target_loss
     names = ["seeds", "tokens", "eval loss", "MB up/worker", "vs fp32 ring", "virtual time", "compute"]
+    if rows and "attackers_out" in rows[0]:
+        names.append("put out")
     for name in [*names, f"to loss {target:g}"] if target else names:
         table.add_column(name, justify="right", no_wrap=True)
     labels = list(dict.fromkeys(row["label"] for row in rows))
@@ -158,8 +160,21 @@ def _cells(rows: Sequence[Row]) -> list[str]:
         ratio,
         f"{mean('virtual_time_s'):,.1f} s",
         f"{100 * mean('compute_share'):.1f} %",
+        *([_put_out(rows)] if "attackers_out" in rows[0] else []),
         *(target if "to_target" in rows[0] else []),
     ]
+
+
+def _put_out(rows: Sequence[Row]) -> str:
+    """Attackers of all, by which round the last one, and for what; honest members in rounds of one each."""
+    found, by_round = (
+        sum(row["attackers_out"] for row in rows),
+        [row["attackers_out_by_round"] for row in rows],
+    )
+    reasons = sorted({reason for row in rows for reason in row["attackers_out_for"]})
+    text = f"{found} by round {max(r for r in by_round if r)} ({', '.join(reasons)})" if found else "0"
+    honest = sum(row["honest_out_rounds"] for row in rows)
+    return f"{text}; {honest} of {sum(row['honest_rounds'] for row in rows)} honest rounds"
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:

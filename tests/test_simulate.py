@@ -12,6 +12,7 @@ from sim_tools import corpus_of, only_run, simulated, write_file
 
 from dtrain.compression.codec import Codec
 from dtrain.experiments import sim_frontier, sim_jobs
+from dtrain.experiments.attacks import ATTACKS
 from dtrain.experiments.memory import MemoryExchange, MemorySwarm
 from dtrain.experiments.results import ResultFolder
 from dtrain.experiments.sim_file import RunSpec, load_sweep
@@ -255,3 +256,31 @@ def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     """A file that is not there is named."""
     with pytest.raises(UsageError, match=r"nowhere\.toml: No such file"):
         load_sweep(tmp_path / "nowhere.toml")
+
+
+def test_attackers_are_put_out_and_training_goes_on(tmp_path: Path) -> None:
+    """Two of nine push against the others: out after three rounds, and the loss is nearly that of those left."""
+    more = "[attack]\nkind = 'sign-flip'\nattackers = 2\naudits = true\n"
+    many = (("workers = 3", "workers = 9"), ("steps = 12", "steps = 18"))
+    row, rounds = simulated(only_run(write_file(tmp_path, more, many)))
+    assert (row["attackers_out"], row["attackers_out_by_round"], row["attackers_out_for"]) == (
+        2,
+        3,
+        ["against"],
+    )
+    assert row["honest_out_rounds"] == 0 and row["honest_rounds"] == 7 * 6 and row["digests_equal"]
+    assert [line["contributors"] for line in rounds[4:]] == [7] * 3
+    undefended, _ = simulated(only_run(write_file(tmp_path, more + "[exchange]\nscreens = false\n", many)))
+    assert undefended["attackers_out"] == 0 and undefended["contributors_mean"] == 9
+    assert row["eval_loss"] < undefended["eval_loss"]
+
+
+@pytest.mark.parametrize("kind", ATTACKS)
+def test_every_attack_holds_to_the_wire(kind: str, tmp_path: Path) -> None:
+    """Each kind does something, and honest workers end with one theta whatever it is."""
+    more = f"[attack]\nkind = '{kind}'\nattackers = 2\n"
+    many = (("workers = 3", "workers = 7"), ("steps = 12", "steps = 9"))
+    clean, _ = simulated(only_run(write_file(tmp_path, "", many)))
+    row, _ = simulated(only_run(write_file(tmp_path, more, many)))
+    assert row["digests_equal"] and row["rounds"] == 3
+    assert row["digest"] != clean["digest"]
