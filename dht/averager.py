@@ -181,7 +181,9 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         self._faults.happen("before-report", contribution.round)
         record = runner.record(wait_s=wait_s, exchange_s=time.monotonic() - started)
         if time.monotonic() > started + self.terms.round_timeout_s + LATE_S:
-            record = await as_others_have_it(record, str(self.peer_id), self.codec, self.fetch_round)
+            record = await as_others_have_it(
+                record, str(self.peer_id), self.codec, self.fetch_round, runner.bears_out
+            )
         if not record.stale:
             await asyncio.to_thread(self.residual.judge, record.aggregates)
         if record.aggregates and not record.stale:  # else it was no round, to be handed on to nobody

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ import base58
 from hivemind.dht.node import DHTNode
 from hivemind.utils import get_dht_time
 
+from dtrain.compression.belief import Belief
 from dtrain.dht.admissions import Admissions
 from dtrain.dht.door import Entry
 from dtrain.dht.greetings import NOBODY, Greeting, Greetings, News
@@ -67,6 +69,7 @@ class Heartbeats:
             crowd=self._crowd,
             meet=self._introductions.meet,
         )
+        self._belief = Belief()
         self.outcasts = Outcasts(lambda: int(self.status["round"]))
         self._at_the_door: dict[str, str] = {}  # who is not let in, and why; "" = not decided yet
         self._known: dict[str, PeerRecord] = {}
@@ -312,9 +315,10 @@ class Heartbeats:
         return [address for address in said if isinstance(address, str)]
 
     def ahead(self) -> list[PeerRecord]:
-        """Peers whose theta has more work in it than ours."""
-        own = float(self.status.get("work", 0.0))
-        return [record for record in self.donors() if record.work > own]
+        """Peers whose theta has more work in it than ours, as far as we believe them."""
+        own, donors = float(self.status.get("work", 0.0)), self.donors()
+        believed = self._belief.ahead({r.peer_id: r.work for r in donors}, own, time.monotonic())
+        return [record for record in donors if record.peer_id in believed]
 
 
 def _pass_in(status: dict[str, Any]) -> bytes:

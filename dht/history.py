@@ -6,18 +6,23 @@ theta anew.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import operator
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import msgpack
+
 from dtrain.compression.codec import Codec
+from dtrain.dht.seals import Seal, Setting
 from dtrain.dht.streams import Call, StreamError, ask
 
 KEPT_ROUNDS = 64
 KEPT_BYTES = 256 * 1024 * 1024
+MAX_PROOF_BYTES = 1024 * 1024
 MAX_GROUP = 1024  # members whose contributions a past round may hold
 
 
@@ -33,6 +38,9 @@ class RoundRecord:
     aggregates: list[bytes] = field(default_factory=list)  # one per span
     undelivered: list[list[int]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    proof: bytes = (
+        b""  # that its reducers made these aggregates for just this round, see `prove`; "" = there is none
+    )
     stale: bool = False  # the group's majority stands on another theta than we do
     wait_s: float = 0.0
     exchange_s: float = 0.0
@@ -42,7 +50,8 @@ class RoundRecord:
 
     def content(self) -> dict[str, Any]:
         """What is the same for all members."""
-        return {"contributors": self.contributors, "spans": self.spans, "aggregates": self.aggregates}
+        fields = ("contributors", "spans", "aggregates", "proof")
+        return {name: getattr(self, name) for name in fields}
 
     def without(self, member: str, codec: Codec) -> list[list[int]]:
         """The ranges of chunks in which that member's payload is in no aggregate."""
@@ -85,7 +94,8 @@ def packed(record: RoundRecord) -> tuple[dict[str, Any], bytes]:
     """A past round as it travels: header and aggregates, which `parse_round` takes."""
     spans = [[*span, len(aggregate)] for span, aggregate in zip(record.spans, record.aggregates)]
     header = {"base": record.base_digest, "members": record.members, "contributors": record.contributors}
-    return {**header, "spans": spans}, b"".join(record.aggregates)
+    blob = b"".join([*record.aggregates, record.proof])
+    return {**header, "spans": spans, "proof": len(record.proof)}, blob
 
 
 def parse_round(round: int, reply: dict[str, Any], blob: bytes) -> RoundRecord:
@@ -107,16 +117,49 @@ def parse_round(round: int, reply: dict[str, Any], blob: bytes) -> RoundRecord:
             spans.append([first, count])
             aggregates.append(blob[offset : offset + size])
             offset, covered = offset + size, first + count
-        if offset != len(blob):
+        proof = blob[offset:]
+        if len(proof) != reply.get("proof", 0) or len(proof) > MAX_PROOF_BYTES:
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise StreamError("a malformed past round") from None
-    return RoundRecord(round, base_digest, members, contributors, spans, aggregates)
+    return RoundRecord(round, base_digest, members, contributors, spans, aggregates, proof=proof)
+
+
+def is_same(one: RoundRecord, other: RoundRecord) -> bool:
+    """Whether two say the same of what became of theta in a round."""
+    fields = ("round", "base_digest", "members", "spans", "aggregates")
+    return all(getattr(one, name) == getattr(other, name) for name in fields)
+
+
+def prove(setting: Setting, seals: Sequence[Seal]) -> bytes:
+    """What shows others that the reducers of a round made its aggregates: their seals, in the order of the spans."""
+    proof = msgpack.packb([setting.pack(), [seal.pack() for seal in seals]])
+    assert isinstance(proof, bytes)
+    return proof
+
+
+def signers(record: RoundRecord, run_tag: bytes) -> list[str]:
+    """By span, the peer whose signature bears out the aggregate, in a group of just these members on just this theta;
+    [] when one is missing or wrong."""
+    try:
+        packed_setting, seals = msgpack.unpackb(record.proof)
+        setting, found = Setting.unpack(packed_setting), []
+        place = setting.run, setting.round, setting.base_digest, [peer for peer, _ in setting.members]
+        fits = place == (run_tag, record.round, record.base_digest, record.members)
+        for packed_seal, span, aggregate in zip(seals, record.spans, record.aggregates, strict=True):
+            seal = Seal.unpack(packed_seal)
+            content = hashlib.sha256(aggregate).digest()
+            fits = fits and (seal.setting, list(seal.span), seal.aggregate) == (setting.digest, span, content)
+            fits = fits and seal.reducer in record.members
+            found.append(seal.reducer)
+    except Exception:  # msgpack and what follows raise half a dozen types
+        return []
+    return found if fits else []
 
 
 async def fetch_round(call: Call, codec: Codec, run_tag: bytes, round: int, timeout_s: float) -> RoundRecord:
     """A past round from another peer, checked. Raises StreamError, PayloadError, or hivemind's errors."""
-    limit = codec.max_aggregate_bytes(0, codec.num_chunks, MAX_GROUP)
+    limit = codec.max_aggregate_bytes(0, codec.num_chunks, MAX_GROUP) + MAX_PROOF_BYTES
     reply, blob = await ask(call, {"round": round}, max_bytes=limit, timeout_s=timeout_s)
     past = parse_round(round, reply, blob)
     for (first, count), aggregate in zip(past.spans, past.aggregates):
@@ -132,11 +175,16 @@ async def fetch_round(call: Call, codec: Codec, run_tag: bytes, round: int, time
 
 
 async def as_others_have_it(
-    ours: RoundRecord, own: str, codec: Codec, fetch: Callable[[str, int], Awaitable[RoundRecord]]
+    ours: RoundRecord,
+    own: str,
+    codec: Codec,
+    fetch: Callable[[str, int], Awaitable[RoundRecord]],
+    bears_out: Callable[[RoundRecord], bool],
 ) -> RoundRecord:
     """The record of a member that was frozen: how the round went on without it only the others know.
 
-    `fetch(peer id, round)` is `fetch_round` from that peer. When nobody can tell, the record is a stale one.
+    `fetch(peer id, round)` is `fetch_round` from that peer, `bears_out(record)` whether the group's reducers signed
+    what it says. When nobody can tell, the record is a stale one.
     """
     for peer_id in ours.members:
         if peer_id == own:
@@ -146,6 +194,6 @@ async def as_others_have_it(
         except Exception as error:  # gone, or it has no such round
             logging.info("%s cannot tell how round %d went: %r", peer_id, ours.round, error)
             continue
-        if (theirs.members, theirs.base_digest) == (ours.members, ours.base_digest):
+        if (theirs.members, theirs.base_digest) == (ours.members, ours.base_digest) and bears_out(theirs):
             return replace(ours, **theirs.content(), undelivered=theirs.without(own, codec))
     return replace(ours, stale=True)

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dtrain.compression.belief import MIN_PEERS
 from dtrain.compression.errors import PayloadError
 from dtrain.dht.averager import SwarmAverager
 from dtrain.dht.heartbeats import Heartbeats
-from dtrain.dht.history import RoundRecord
+from dtrain.dht.history import RoundRecord, is_same, signers
 from dtrain.dht.membership import Contribution
 from dtrain.dht.passed_rounds import PassedRounds
+from dtrain.dht.reachability import DIRECT
 
 LOOK_AGAIN_S = 0.25
 NO_LEADER = (
@@ -112,7 +114,11 @@ class Rounds:
         return max((int(record.status["round"]) for record in self._heartbeats.donors()), default=0)
 
     async def _past(self, round: int) -> RoundRecord | None:
-        for record in self._heartbeats.donors():
+        """One that most of the reducers that we see have signed, or that enough peers have alike: a liar could lead us
+        anywhere by a past round of its own making. Where few are there, nobody can tell."""
+        donors = self._heartbeats.donors()
+        found: list[RoundRecord] = []
+        for record in donors:
             try:
                 past = await self._averager.fetch_round(record.peer_id, round)
             except PayloadError as error:
@@ -120,12 +126,21 @@ class Rounds:
             except Exception as error:  # unreachable, or has it no more
                 logging.info("%s cannot give round %d: %r", record.peer_id, round, error)
             else:
-                return past
-        return None
+                found.append(past)
+                alike = sum(is_same(other, past) for other in found)
+                if self._is_borne_out(past) or alike >= max(2, len(donors) // 3 + 1):
+                    return past
+        return found[0] if found and len(donors) < MIN_PEERS else None
+
+    def _is_borne_out(self, past: RoundRecord) -> bool:
+        active = self._heartbeats.active()
+        reducers = [r for r in active if r.status.get("reach") == DIRECT] or active
+        signed = set(signers(past, self._averager.terms.run_tag))
+        return 2 * sum(record.peer_id in signed for record in reducers) > len(reducers)
 
 
 def _reply(verdict: str, record: RoundRecord) -> Reply:
     fields = record.as_dict()
     fields["problem"] = "; ".join(fields.pop("problems"))
-    del fields["stale"]
+    del fields["stale"], fields["proof"]
     return {"verdict": verdict, **fields}

@@ -30,6 +30,7 @@ class PeerView:
     peer_id: str
     status: Mapping[str, Any]
     age_s: float
+    is_believed: bool = True
 
 
 def outcome_of(round: int, answer: Mapping[str, Any]) -> Outcome:

@@ -291,7 +291,11 @@ class NetworkPeer:
 
     def _show_swarm(self) -> None:
         now, others = get_dht_time(), self._heartbeats.others()
-        peers = [[r.peer_id, dict(r.status), now - r.heard] for r in others]
+        believed = {record.peer_id for record in self._heartbeats.ahead()}
+        own = float(self._heartbeats.status.get("work", 0.0))
+        peers = [
+            [r.peer_id, dict(r.status), now - r.heard, r.work <= own or r.peer_id in believed] for r in others
+        ]
         traffic = {"up": self._traffic.up, "down": self._traffic.down, "wire": self._traffic.wire_bytes}
         said = self._heartbeats.refusals()
         self._worker.send({"event": "swarm", "peers": peers, "traffic": traffic, **said})

@@ -17,7 +17,7 @@ from dtrain.compression.codec import Codec
 from dtrain.compression.errors import PayloadError
 from dtrain.dht.evidence import ReducedSpan
 from dtrain.dht.faults import FaultPlan
-from dtrain.dht.history import RoundRecord
+from dtrain.dht.history import RoundRecord, prove, signers
 from dtrain.dht.identity import Identity
 from dtrain.dht.kept_residual import KeptResidual
 from dtrain.dht.membership import Member
@@ -157,11 +157,18 @@ class RoundRunner:
             contributors=[self.members[i].peer_id for i in sorted(inside)],
             spans=[list(self.spans[j]) for j in held],
             aggregates=[aggregates[j] for j in held],
+            proof=prove(self.setting, [self.seals[j] for j in held]),
             undelivered=undelivered,
             problems=self._problems,
             wait_s=wait_s,
             exchange_s=exchange_s,
         )
+
+    def bears_out(self, record: RoundRecord) -> bool:
+        """Whether each aggregate of what another member says of this round is signed by the span's reducer."""
+        reducers = {tuple(span): member.peer_id for span, member in zip(self.spans, self.members)}
+        signed = signers(record, self.setting.run)
+        return bool(signed) and signed == [reducers.get((first, count)) for first, count in record.spans]
 
     async def _collect(self, j: int) -> None:
         try:

@@ -107,7 +107,8 @@ class StateFetch:
     # ------------------------------------------------------------------ which state
 
     async def _choose(self) -> Standing | None:
-        """The state to get: one that more than one donor has if there is any, of these the one with the most work."""
+        """The state to get: one that more than a third of the donors have, and two at least, if there is any; of these
+        the one with the most work."""
         begun = self._partial.standing
         donors = list(self._donors())
         wanted = begun.digest if begun is not None else b""
@@ -115,7 +116,8 @@ class StateFetch:
         holders = Counter(standing for offers in answers for standing in set(offers))
         if not holders:
             return None
-        agreed = {standing for standing, num in holders.items() if num > 1} or set(holders)
+        answered = sum(1 for offers in answers if offers)
+        agreed = {standing for standing, num in holders.items() if num >= most_of(answered)} or set(holders)
         best = min(agreed, key=lambda s: (-s.work, -holders[s], s.digest))
         if begun is None or begun not in holders:
             return best
@@ -253,6 +255,11 @@ class StateFetch:
     def _tell_progress(self) -> None:
         total = self._partial.total_bytes
         self._on_progress(total - sum(self._pieces[i] for i in self._missing), total)
+
+
+def most_of(num_donors: int) -> int:
+    """How many donors must have a state so that it is no liar's."""
+    return max(2, num_donors // 3 + 1)
 
 
 def _standing(state: object) -> Standing:

@@ -6,7 +6,7 @@ from their own update; all attackers of a run do the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from dtrain.compression import wire
 from dtrain.compression.codec import Codec
+from dtrain.experiments.memory import MemoryExchange, MemorySwarm
 from dtrain.experiments.memory_round import LEAVES_OUT, Contribution, Faults
 from dtrain.trainer.data import Corpus
 
+WORK_CLAIMED = 1e15  # tokens
 TOKENS_CLAIMED = 1000.0  # times those that were trained
 
 
@@ -39,9 +41,18 @@ UPDATES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 REDUCERS = {"reducer-turned": "turned", "reducer-slanted": "slanted", "reducer-leaves-out": LEAVES_OUT}
 """Attacks on the sums that the attackers make, as the reducers that they are: kinds of `memory_round.Faults.sums`."""
 
-OTHERS = ("not-finite", "replay", "copy", "wrong-data", "tokens", "slow-loris")
+OTHERS = ("boast", "not-finite", "replay", "copy", "wrong-data", "tokens", "slow-loris")
 
 ATTACKS = (*UPDATES, *OTHERS, *REDUCERS)
+
+
+class Boaster(MemoryExchange):
+    """Says that its theta has far more work in it than the others', and that it is a round ahead of them."""
+
+    def announce(self, status: Mapping[str, object]) -> None:
+        """See `Exchange`."""
+        claims = {"work": WORK_CLAIMED, "training_round": int(str(status.get("training_round", 0))) + 1}
+        super().announce({**status, **claims})
 
 
 class Attack:
@@ -58,6 +69,11 @@ class Attack:
         if self._kind in REDUCERS:
             return Faults(sums=dict.fromkeys(self.attackers, REDUCERS[self._kind]))
         return Faults(late=self.attackers if self._kind == "slow-loris" else frozenset())
+
+    def exchange_of(self, swarm: MemorySwarm, name: str) -> MemoryExchange:
+        """A worker's way into the swarm."""
+        boasts = self._kind == "boast" and name in self.attackers
+        return Boaster(swarm, name) if boasts else MemoryExchange(swarm, name)
 
     def data_of(self, name: str, corpus: Corpus) -> Corpus:
         """What a worker trains on: with wrong data, text whose letters are in no order."""

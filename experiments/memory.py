@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dtrain.experiments.memory_peer import MemoryOutcome
 from dtrain.experiments.memory_round import Contribution, Faults
-from dtrain.experiments.memory_swarm import MemoryOutcome, MemorySwarm
+from dtrain.experiments.memory_swarm import MemorySwarm
 from dtrain.trainer.exchange import ABSENT, DONE, Outcome, PeerView, Provider, State, Watch
 
 __all__ = ["Faults", "MemoryExchange", "MemoryOutcome", "MemorySwarm"]
@@ -27,6 +28,7 @@ class MemoryPeerView:
     peer_id: str
     status: Mapping[str, object]
     age_s: float
+    is_believed: bool
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,10 @@ class MemoryExchange:
         """See `Exchange`."""
         with self._swarm.changed:
             others = self._swarm.others(self._peer_id)
+            believed = self._swarm.believed(self._peer_id)
             return [
-                MemoryPeerView(name, peer.status, self._swarm.age_s(peer)) for name, peer in others.items()
+                MemoryPeerView(name, peer.status, self._swarm.age_s(peer), name in believed)
+                for name, peer in others.items()
             ]
 
     def run_round(self, *, round: int, base_digest: bytes, payload: bytes, weight: float) -> Outcome:
@@ -137,13 +141,19 @@ class MemoryExchange:
         self._swarm.leave(self._peer_id)
 
     def _donors(self) -> list[tuple[str, Provider]]:
-        """Who can give state: most work first, then the theta that most share, then the smaller digest."""
+        """Who can give state: what enough share first, of that most work, then what most share, then by digest."""
         with self._swarm.changed:
             others = self._swarm.others(self._peer_id)
             donors = {name: peer for name, peer in others.items() if peer.state != "joining"}
             digests = {name: str(peer.status.get("digest", "")) for name, peer in donors.items()}
             agreeing = Counter(digests.values())
-            ranked = sorted(donors, key=lambda n: (-donors[n].work, -agreeing[digests[n]], digests[n], n))
+            least = max(2, len(donors) // 3 + 1)
+
+            def rank(name: str) -> tuple[bool, float, int, str, str]:
+                num = agreeing[digests[name]]
+                return num < least, -donors[name].work, -num, digests[name], name
+
+            ranked = sorted(donors, key=rank)
             return [(name, provider) for name in ranked if (provider := donors[name].provider) is not None]
 
     def _transfer(self, donor: str, num_bytes: int) -> None:

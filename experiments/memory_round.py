@@ -8,10 +8,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from dtrain.compression.codec import Codec
@@ -20,8 +18,8 @@ from dtrain.compression.residual import Residual
 from dtrain.compression.screen import REASONS, Section, screen
 from dtrain.compression.verdicts import Sentence, Verdicts
 from dtrain.experiments.memory_audit import CHEATS, Audits, Sum, mean_of
+from dtrain.experiments.memory_links import INSTANT, Floats, Links
 
-Floats = npt.NDArray[np.float64]
 GUILTY_ROUNDS = 1000  # for which a reducer that is proven to cheat stays out
 LATE_S = 3600.0  # no section takes longer
 LEAVES_OUT = "leaves-out"
@@ -88,44 +86,6 @@ def agree_on_digest(entries: Sequence[Contribution]) -> bytes:
         return len(weights), sum(weights), tuple(-byte for byte in digest)
 
     return max({entry.base_digest for entry in entries}, key=rank)
-
-
-class Links(Protocol):
-    """How long things take between the members of a group. All times are in seconds."""
-
-    def codec_s(self, name: str) -> float:
-        """What a member needs for encoding, reducing, decoding and the outer step of one round."""
-
-    def meet_s(self, names: Sequence[str]) -> float:
-        """What a group needs to form once all its members are there."""
-
-    def arrivals_s(self, names: Sequence[str], num_bytes: Floats, begin_s: Floats) -> Floats:
-        """When transfers end that all go on together: [senders, receivers], both in the order of `names`.
-
-        num_bytes [senders, receivers]; begin_s [senders]: when each begins to send.
-        """
-
-    def transfer_s(self, donor: str, receiver: str, num_bytes: int) -> float:
-        """What one transfer needs."""
-
-
-class InstantLinks:
-    """Nothing takes time."""
-
-    def codec_s(self, name: str) -> float:
-        return 0.0
-
-    def meet_s(self, names: Sequence[str]) -> float:
-        return 0.0
-
-    def arrivals_s(self, names: Sequence[str], num_bytes: Floats, begin_s: Floats) -> Floats:
-        return np.zeros_like(num_bytes)
-
-    def transfer_s(self, donor: str, receiver: str, num_bytes: int) -> float:
-        return 0.0
-
-
-INSTANT = InstantLinks()
 
 
 class GroupReducer:

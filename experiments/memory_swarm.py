@@ -8,23 +8,23 @@ majority is.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from dtrain.compression.belief import Belief
 from dtrain.compression.codec import Codec
+from dtrain.experiments.memory_links import INSTANT, Links
+from dtrain.experiments.memory_peer import MemoryOutcome, MemoryPeer, fill
 from dtrain.experiments.memory_round import (
-    INSTANT,
     Contribution,
     Faults,
     GroupReducer,
-    Links,
     Reduced,
     agree_on_digest,
 )
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
-from dtrain.trainer.exchange import ABSENT, ALONE, DONE, NO_GROUP, STALE, Provider
+from dtrain.trainer.exchange import ABSENT, ALONE, DONE, NO_GROUP, STALE
 from dtrain.trainer.manifest import Manifest
 
 Tamper = Callable[[int, dict[str, Contribution]], dict[str, Contribution]]
@@ -32,67 +32,6 @@ Tamper = Callable[[int, dict[str, Contribution]], dict[str, Contribution]]
 
 KEPT_ROUNDS = 64
 """Past rounds that each worker can still hand to a straggler."""
-
-
-@dataclass(frozen=True)
-class MemoryOutcome:
-    """See `Outcome`."""
-
-    verdict: str
-    round: int
-    base_digest: bytes = b""
-    members: Sequence[str] = ()
-    contributors: Sequence[str] = ()
-    aggregates: Sequence[bytes] = ()
-    undelivered: Sequence[tuple[int, int]] = ()
-    problem: str = ""
-    wait_s: float = 0.0
-    exchange_s: float = 0.0
-
-
-@dataclass
-class MemoryPeer:
-    """What the swarm knows of one worker."""
-
-    status: Mapping[str, object] = field(default_factory=dict)
-    announced: bool = False
-    died_at: float | None = None
-    """When it died by plan, on the clock; its last heartbeat then grows old."""
-    next_round: int = 0
-    """The round it stands at by the outcome of its last one, which its next announcement will say."""
-    provider: Provider | None = None
-    history: OrderedDict[int, MemoryOutcome] = field(default_factory=OrderedDict)
-    notes: dict[str, bytes] = field(default_factory=dict)
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-    @property
-    def state(self) -> str:
-        return str(self.status.get("state", "joining"))
-
-    @property
-    def work(self) -> float:
-        """Tokens in the history of its theta."""
-        work = self.status.get("work", 0)
-        return float(work) if isinstance(work, (int, float)) else 0.0
-
-    @property
-    def position(self) -> int:
-        announced = self.status.get("round", 0)
-        return max(announced if isinstance(announced, int) else 0, self.next_round)
-
-
-def fill(outcome: MemoryOutcome, name: str, names: Sequence[str], reduced: Reduced) -> MemoryOutcome:
-    """The outcome of member `name` with what the round brought."""
-    return replace(
-        outcome,
-        members=tuple(names),
-        contributors=tuple(member for member in names if member in reduced.contributors),
-        aggregates=tuple(reduced.aggregates),
-        undelivered=tuple(reduced.undelivered.get(name, ())),
-        problem="; ".join(reduced.problems.get(name, ())),
-        exchange_s=reduced.ends_s.get(name, 0.0),
-    )
 
 
 @dataclass
@@ -142,6 +81,7 @@ class MemorySwarm:
         self.terms, self.clock, self.links = manifest.exchange, clock, links
         self.changed = changed or threading.Condition()
         self._kept_rounds, self._observe, self._tamper = kept_rounds, observe, tamper
+        self._beliefs: dict[str, Belief] = {}
         self._newest = -1  # round that was reduced
         self._out: dict[str, int] = {}  # put out, up to and including that round
         self._peers: dict[str, MemoryPeer] = {}
@@ -197,6 +137,13 @@ class MemorySwarm:
             and self.age_s(peer) < self.terms.heartbeat_ttl_s
             and not self._is_out(other)
         }
+
+    def believed(self, peer_id: str) -> set[str]:
+        """Others whose word on where they stand this worker believes; callers hold `changed`."""
+        others, own = self.others(peer_id), self._peers[peer_id].work
+        works = {name: peer.work for name, peer in others.items() if peer.state != "joining"}
+        ahead = self._beliefs.setdefault(peer_id, Belief()).ahead(works, own, self.clock.monotonic())
+        return {name for name, peer in others.items() if peer.work <= own or name in ahead}
 
     def _is_out(self, peer_id: str) -> bool:
         return self._out.get(peer_id, -1) > self._newest
@@ -275,12 +222,13 @@ class MemorySwarm:
 
     def _is_behind(self, name: str, round: int) -> bool:
         """Others are in a later round, or have finished with more work than this worker has."""
-        others, own = self.others(name).values(), self._peers[name].work
+        others, own, believed = self.others(name), self._peers[name].work, self.believed(name)
         return any(
             peer.position > round
             if peer.state not in ABSENT
             else peer.state == "finished" and peer.work > own
-            for peer in others
+            for other, peer in others.items()
+            if other in believed
         )
 
     def _standing(self, round: int) -> set[str]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dtrain.experiments.memory_round import Floats
+from dtrain.experiments.memory_links import Floats
 from dtrain.trainer.errors import UsageError
 
 MSS_BYTES = 1460

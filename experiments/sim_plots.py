@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dtrain.experiments import sim_frontier
-from dtrain.experiments.memory_round import Floats
+from dtrain.experiments.memory_links import Floats
 from dtrain.experiments.results import PLOTS, ResultFolder, Row
 from dtrain.experiments.sim_style import COLOURS, DASHES, MARKERS, save, style
 

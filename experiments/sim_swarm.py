@@ -10,7 +10,7 @@ from typing import Any
 
 from dtrain.compression.codec import Codec
 from dtrain.experiments.attacks import Attack
-from dtrain.experiments.memory import MemoryExchange, MemorySwarm
+from dtrain.experiments.memory import MemorySwarm
 from dtrain.experiments.network import ModelledLinks
 from dtrain.experiments.results import Row
 from dtrain.experiments.sim_config import AttackConfig
@@ -33,7 +33,7 @@ class VirtualWorker:
 
     def __init__(self, name: str, simulation: Simulation, settings: MachineSettings, corpus: Corpus) -> None:
         self.name, self._log, self._clock = name, simulation.log, simulation.clock
-        self.exchange = MemoryExchange(simulation.swarm, name)
+        self.exchange = simulation.attack.exchange_of(simulation.swarm, name)
         self.worker = Worker(
             simulation.manifest,
             settings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -51,6 +51,7 @@ class View:
     status: dict[str, object]
     peer_id: str = "donor"
     age_s: float = 0.0
+    is_believed: bool = True
 
 
 @dataclass
@@ -290,3 +291,26 @@ def test_progress_tells_bytes_rate_and_the_time_left() -> None:
         "donor_left",
         {"peer_id": "12D3KooWdonorabcdefgh", "reason": "piece 3 is corrupt"},
     )
+
+
+def test_who_is_not_believed_is_not_followed() -> None:
+    """Its work is more, but it has not handed it on for long: nothing is asked of it."""
+    donor = OneDonor(outer_loop())
+    donor.advance(2)
+    swarm, outer = donor.swarm, outer_loop()
+    donor.swarm = lambda: [replace(view, is_believed=False) for view in swarm()]  # type: ignore[method-assign]
+    assert not catch(outer, donor)
+    assert (outer.round, donor.num_replayed, donor.num_downloads) == (0, 0, 0)
+
+
+def test_a_history_that_the_swarm_refuses_again_and_again_yields() -> None:
+    """Its tokens are more than the others', as a liar's would be; after three refusals it takes what they have."""
+    donor = OneDonor(outer_loop())
+    donor.advance(2)
+    outer = outer_loop()
+    outer._stands_at(7, 10**15)
+    for _ in range(3):
+        fetched = catch(outer, donor)
+        assert not fetched
+        outer.was_refused(caught_up=fetched)
+    assert catch(outer, donor) and stand_equal(outer, donor.outer)

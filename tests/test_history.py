@@ -187,10 +187,14 @@ def test_a_frozen_member_takes_the_others_word() -> None:
         return words[peer_id]
 
     def learn() -> RoundRecord:
-        return asyncio.run(as_others_have_it(ours, "c", CODEC, fetch))
+        return asyncio.run(
+            as_others_have_it(ours, "c", CODEC, fetch, lambda record: record.problems != ["forged"])
+        )
 
     assert learn() == replace(theirs, undelivered=[list(halves[0])])
     words = {"b": replace(theirs, members=["b", "c"])}
+    assert learn() == replace(ours, stale=True)
+    words = {"b": replace(theirs, problems=["forged"])}
     assert learn() == replace(ours, stale=True)
     words = {}
     assert learn().stale

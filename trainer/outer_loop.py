@@ -28,6 +28,8 @@ from dtrain.trainer.outer import (
 )
 from dtrain.trainer.strategy import Strategy
 
+VAIN_TRIES = 3
+
 
 class OuterLoop:
     """Theta of one worker. It changes by outer steps and by taking over a donor's state, in no other way."""
@@ -38,6 +40,7 @@ class OuterLoop:
         self.state = OuterState(local.flat.detach().cpu().clone())
         self.theta: list[Tensor] = local.views(self.state.theta_flat)
         self._hashes, self.digest = self._hashed()
+        self._vain = 0  # see was_refused
         self._lock = threading.Lock()  # theta and its round change together: donors read from another thread
 
     @property
@@ -59,6 +62,16 @@ class OuterLoop:
             self._stands_at(self.round + 1, self.tokens + tokens)
         return tokens
 
+    def was_refused(self, *, caught_up: bool) -> None:
+        """The swarm stands on another theta. When that happens again and again and nobody is ahead of us whom we could
+        catch up with, then ours is a history of its own, or its tokens were a liar's: they count no more, and the next
+        try takes over what the others have.
+        """
+        self._vain = 0 if caught_up else self._vain + 1
+        if self._vain >= VAIN_TRIES:
+            with self._lock:
+                self.state.tokens, self._vain = 0, 0
+
     def replace(self, state: Checkpoint) -> None:
         """Take over a checkpoint's theta. RunError if it is of another run."""
         theta = state.tensors["theta"]
@@ -70,7 +83,7 @@ class OuterLoop:
             self._stands_at(state.round, state.tokens)
 
     def _stands_at(self, round: int, tokens: int) -> None:
-        self.state.round, self.state.tokens = round, tokens
+        self.state.round, self.state.tokens, self._vain = round, tokens, 0
         self._hashes, self.digest = self._hashed()
 
     def _hashed(self) -> tuple[list[bytes], bytes]:

@@ -6,8 +6,12 @@ ends for everybody when the sum of all workers' tokens reaches the target, or at
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dtrain.compression.belief import MIN_PEERS
+from dtrain.compression.screen import WEIGHT_LIMIT
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
 from dtrain.trainer.exchange import ABSENT, Exchange, PeerView
 from dtrain.trainer.manifest import Manifest
@@ -59,33 +63,49 @@ class Pacer:
         if self.is_fixed:
             rate = pace.steps / max(1e-9, self._clock.monotonic() - pace.began)
             return (self.inner_steps - pace.steps) / rate if rate else until_deadline
-        tokens, rate = float(pace.tokens), pace.tokens_per_s
-        for view in self._exchange.swarm():
-            if view.status["state"] in ABSENT:
-                continue
-            position = _number(view, "training_round")
-            if position > pace.round or (position == pace.round and view.status["state"] == "exchanging"):
-                return 0.0  # others have ended it already
-            if position == pace.round:
+        there = [view for view in self._exchange.swarm() if view.status["state"] not in ABSENT]
+        if _enough(sum(_has_ended(view, pace.round) for view in there), len(there)):
+            return 0.0
+        tokens, rates = [float(pace.tokens)], [pace.tokens_per_s]
+        for view in there:
+            if _number(view, "training_round") == pace.round:
                 # A heartbeat is a little old: its worker has trained on since.
-                peer_rate = _number(view, "tokens_per_s")
-                tokens += _number(view, "round_tokens") + peer_rate * view.age_s
-                rate += peer_rate
-        missing = self._target_tokens - tokens
+                rates.append(_number(view, "tokens_per_s"))
+                tokens.append(_number(view, "round_tokens") + rates[-1] * view.age_s)
+        missing, rate = self._target_tokens - _believable(tokens), _believable(rates)
         if missing <= 0 or until_deadline <= 0:
             return 0.0
         return min(until_deadline, missing / rate) if rate else until_deadline
 
     def _others_wait(self, round: int) -> bool:
         """Whether somebody has ended this round's steps, and waits or is in the next one's already."""
-        return any(
+        there = [view for view in self._exchange.swarm() if view.status["state"] not in ABSENT]
+        waiting = (
             _number(view, "training_round") > round
             or (view.status["state"] == "exchanging" and _number(view, "round") == round)
-            for view in self._exchange.swarm()
-            if view.status["state"] not in ABSENT
+            for view in there
         )
+        return _enough(sum(waiting), len(there))
+
+
+def _has_ended(view: PeerView, round: int) -> bool:
+    position = _number(view, "training_round")
+    return position > round or (position == round and view.status["state"] == "exchanging")
+
+
+def _enough(num: int, num_others: int) -> bool:
+    """Whether so many of the others can be believed that the round is over: one lies, more than a third do not."""
+    return num > 0 and (num_others < MIN_PEERS or 3 * num > num_others)
+
+
+def _believable(figures: Sequence[float]) -> float:
+    """The sum of what each says of itself; in a sum of tokens one counts no more than a reducer lets it."""
+    if len(figures) <= MIN_PEERS:
+        return sum(figures)
+    limit = WEIGHT_LIMIT * statistics.median(figures)
+    return sum(min(figure, limit) for figure in figures)
 
 
 def _number(view: PeerView, key: str) -> float:
     value = view.status.get(key, 0)
-    return float(value) if isinstance(value, (int, float)) else 0.0
+    return max(0.0, float(value)) if isinstance(value, (int, float)) else 0.0

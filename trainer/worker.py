@@ -248,7 +248,7 @@ class Worker:
         self.books.settled(outcome, delivery.payload, everything)
         self._set_aside(delivery.base)
         if outcome.verdict != NO_GROUP:
-            self._catch_up()
+            self.outer.was_refused(caught_up=self._catch_up())
             self.pacer.came_late = True
             self.report.resync("missed a round; its work is kept for the next")
         self.local.flat.copy_(self.outer.state.theta_flat)
