@@ -24,12 +24,14 @@ class Belief:
         self._doubts: dict[str, float] = {}  # seconds
         self._looked = 0.0
 
-    def ahead(self, works: Mapping[str, float], own: float, now: float) -> set[str]:
-        """Of peers with so many tokens in their history those that have more than `own` and are believed; `now` in
-        seconds, of any clock."""
+    def ahead(self, works: Mapping[str, float], own: float, num_active: int, now: float) -> set[str]:
+        """Of peers with so many tokens in their history those that have more than `own` and are believed.
+
+        num_active: how many of them take part in rounds, and would know of it. now: seconds, of any clock.
+        """
         passed, self._looked = min(max(0.0, now - self._looked), MAX_STEP_S), now
         ahead = {peer for peer, work in works.items() if work > own}
-        doubtful = ahead if len(works) >= MIN_PEERS and 3 * len(ahead) <= len(works) else set()
+        doubtful = ahead if num_active >= MIN_PEERS and 3 * len(ahead) <= num_active else set()
         for peer in self._doubts.keys() | doubtful:
             change = passed if peer in doubtful else -FORGIVENESS * passed
             self._doubts[peer] = min(DOUBT_S, self._doubts.get(peer, 0.0) + change)

@@ -317,7 +317,8 @@ class Heartbeats:
     def ahead(self) -> list[PeerRecord]:
         """Peers whose theta has more work in it than ours, as far as we believe them."""
         own, donors = float(self.status.get("work", 0.0)), self.donors()
-        believed = self._belief.ahead({r.peer_id: r.work for r in donors}, own, time.monotonic())
+        works, num_active = {r.peer_id: r.work for r in donors}, sum(r.is_active for r in donors)
+        believed = self._belief.ahead(works, own, num_active, time.monotonic())
         return [record for record in donors if record.peer_id in believed]
 
 

@@ -11,11 +11,13 @@ import asyncio
 import logging
 import math
 import operator
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+from dtrain.compression.belief import MIN_PEERS
 from dtrain.dht.partial_state import PartialState, Standing, sha256
 from dtrain.dht.passed_rounds import PassedRounds
 from dtrain.dht.state_donor import BUSY
@@ -44,7 +46,8 @@ class Malformed(Exception):
 
 
 class StateFetch:
-    """One download. `donors()` names the peers that may have state now; `on_left(peer, reason)` is told of each donor
+    """One download. `donors()` names the peers that may have state now, `active()` those of them that take part in
+    rounds; `on_left(peer, reason)` is told of each donor
     that is left for good."""
 
     def __init__(
@@ -54,13 +57,14 @@ class StateFetch:
         partial: PartialState,
         pieces: Sequence[int],
         *,
+        active: Callable[[], Sequence[str]],
         passed: PassedRounds,
         least_work: float,
         on_progress: OnProgress,
         on_left: OnLeft,
     ):
         self._donors, self._method, self._partial, self._pieces = donors, method, partial, pieces
-        self._passed = passed
+        self._active, self._passed = active, passed
         self._least_work, self._on_progress, self._on_left = least_work, on_progress, on_left
         self._left: set[str] = set()  # donors caught with bad data
         self._hashes: list[bytes] = []
@@ -108,16 +112,26 @@ class StateFetch:
 
     async def _choose(self) -> Standing | None:
         """The state to get: one that more than a third of the donors have, and two at least, if there is any; of these
-        the one with the most work."""
+        the one with the most work. Donors that take part in no round may have an old one: they are asked what to get
+        where hardly any other answers."""
         begun = self._partial.standing
         donors = list(self._donors())
         wanted = begun.digest if begun is not None else b""
         answers = await asyncio.gather(*(self._offers(donor, wanted) for donor in donors))
-        holders = Counter(standing for offers in answers for standing in set(offers))
+        active = set(self._active())
+        judges = [offers for donor, offers in zip(donors, answers) if offers and donor in active]
+        if len(judges) < 2:
+            judges = [offers for offers in answers if offers]
+        holders = Counter(standing for offers in judges for standing in set(offers))
         if not holders:
             return None
-        answered = sum(1 for offers in answers if offers)
-        agreed = {standing for standing, num in holders.items() if num >= most_of(answered)} or set(holders)
+        agreed = {standing for standing, num in holders.items() if num >= most_of(len(judges))}
+        if (
+            not agreed and len(judges) >= MIN_PEERS
+        ):  # while rounds pass quickly all differ; a liar is not in the middle
+            middle = statistics.median_low(max(s.work for s in offers) for offers in judges)
+            agreed = {standing for standing in holders if standing.work == middle}
+        agreed = agreed or set(holders)
         best = min(agreed, key=lambda s: (-s.work, -holders[s], s.digest))
         if begun is None or begun not in holders:
             return best

@@ -69,6 +69,7 @@ class StateTransfer:
             method,
             partial,
             self._pieces,
+            active=lambda: [record.peer_id for record in self._heartbeats.donors() if record.is_active],
             passed=passed,
             least_work=max(least_work, float(self._heartbeats.status.get("work", 0.0))),
             on_progress=self._tell_progress,

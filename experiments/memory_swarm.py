@@ -142,7 +142,9 @@ class MemorySwarm:
         """Others whose word on where they stand this worker believes; callers hold `changed`."""
         others, own = self.others(peer_id), self._peers[peer_id].work
         works = {name: peer.work for name, peer in others.items() if peer.state != "joining"}
-        ahead = self._beliefs.setdefault(peer_id, Belief()).ahead(works, own, self.clock.monotonic())
+        num_active = sum(peer.state not in ABSENT for peer in others.values())
+        belief = self._beliefs.setdefault(peer_id, Belief())
+        ahead = belief.ahead(works, own, num_active, self.clock.monotonic())
         return {name for name, peer in others.items() if peer.work <= own or name in ahead}
 
     def _is_out(self, peer_id: str) -> bool:

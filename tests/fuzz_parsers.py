@@ -251,6 +251,7 @@ async def _download(answers: list[list[bytes]]) -> str:
         lambda donor, name: call,
         partial,
         [len(piece) for piece in PIECES],
+        active=lambda: [],
         passed=SimpleNamespace(),  # type: ignore[arg-type]
         least_work=1.0,
         on_progress=lambda have, total: None,

@@ -30,10 +30,12 @@ IDS = [identity.peer_id for identity in IDENTITIES]
 # ---------------------------------------------------------------------- who says that it is ahead
 
 
-def watch(belief: Belief, works: dict[str, float], begin: float, seconds: float) -> set[str]:
+def watch(
+    belief: Belief, works: dict[str, float], begin: float, seconds: float, num_active: int = 0
+) -> set[str]:
     found: set[str] = set()
     for second in range(int(seconds) + 1):
-        found = belief.ahead(works, 10.0, begin + second)
+        found = belief.ahead(works, 10.0, num_active or len(works), begin + second)
     return found
 
 
@@ -55,6 +57,8 @@ def test_most_are_believed_for_as_long_as_it_takes() -> None:
     """A newcomer that downloads for an hour, and a swarm too small to tell who lies."""
     assert watch(Belief(), dict.fromkeys("abc", 50.0) | dict.fromkeys("de", 1.0), 0.0, 3600) == set("abc")
     assert watch(Belief(), {"a": 50.0, "b": 10.0, "c": 10.0}, 0.0, 3600) == {"a"}
+    paused = dict.fromkeys("abcdefg", 10.0)  # who trains nothing cannot know
+    assert watch(Belief(), {**paused, "x": 50.0, "y": 50.0}, 0.0, 3600, num_active=2) == {"x", "y"}
 
 
 def test_who_is_ahead_for_a_moment_each_round_stays_believed() -> None:

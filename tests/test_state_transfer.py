@@ -224,8 +224,24 @@ def test_what_several_donors_have_counts_more_than_what_one_says(tmp_path: Path)
     agreeing = {"a": Donor(tmp_path), "b": Donor(tmp_path), "lone": lone}
     assert Newcomer(tmp_path / "in", dict(agreeing)).run() == AT_NINE
     assert lone.asked == []
+    boasting = {"lone": Donor(tmp_path, OTHER, 9, 1e12), "too": Donor(tmp_path, OTHER, 9, 1e12)}
+    honest = {name: Donor(tmp_path) for name in "abcd"}
+    assert Newcomer(tmp_path / "six", {**boasting, **honest}).run() == AT_NINE  # two of six are too few
     pair = {"poor": Donor(tmp_path, OTHER, 9, 9e5), "gone": None, "rich": Donor(tmp_path)}
     assert Newcomer(tmp_path / "pair", dict(pair)).run() == AT_NINE
+
+
+def test_donors_that_train_nothing_decide_nothing(tmp_path: Path) -> None:
+    """Four that are paused at an old state are more than the two that go on, but they do not know better."""
+    paused = {f"paused {i}": Donor(tmp_path, OTHER, 4, 5e5) for i in range(4)}
+    assert Newcomer(tmp_path / "in", {**paused, "a": Donor(tmp_path), "b": Donor(tmp_path)}).run() == AT_NINE
+
+
+def test_where_all_differ_the_middle_is_taken(tmp_path: Path) -> None:
+    """As when a round passes between two donors' answers: not the one who claims most."""
+    honest = {str(round): Donor(tmp_path, STATE, round, 1e6 * round) for round in (7, 8, 9, 10)}
+    found = Newcomer(tmp_path / "in", {**honest, "liar": Donor(tmp_path, STATE, 11, 1e12)}).run()
+    assert found is not None and found.round == 9
 
 
 def test_a_state_with_less_work_than_ours_is_not_fetched(tmp_path: Path) -> None:

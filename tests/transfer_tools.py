@@ -137,6 +137,7 @@ class Newcomer:
                 method,
                 self.partial,
                 PIECES,
+                active=lambda: [donor for donor in self.donors if not donor.startswith("paused")],
                 passed=PassedRounds(self.folder / "passed", self.newest, self.past_round),
                 least_work=self.least_work,
                 on_progress=self._heard,
