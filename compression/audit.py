@@ -23,7 +23,9 @@ from dtrain.compression.screen import MIN_MEMBERS, REASONS, Section, judge, scal
 
 OPENED_BYTES = 256 * 1024  # of a residual, that one audit looks at; at least one unit
 LOOKED_BYTES = 1024 * 1024  # of a span's values, that a member compares with its own
-BYTES_SHARE = 0.03  # of a round's bytes that its audits may take on average
+BYTES_SHARE = 0.03  # of a round's bytes that signatures and audits may take on average
+AUDITS_SHARE = 0.01  # that audits have in any case, however small the payloads beside the signatures
+SIGNATURE_BYTES = 220  # with each section and the aggregate that answers it (`dht/seals.py`)
 SUSPECTED_BY = 3.0  # members, on average, that audit a sum which looks wrong to them
 WEIGHT_SLACK = 0.01  # of its weight by which a section may count for more or less than here
 JITTER, NUM_JITTERS = (
@@ -73,13 +75,15 @@ def opened(codec: Codec, span: tuple[int, int], number: int, max_bytes: int | No
 
 
 def rate(num_members: int, payload_bytes: int, aggregate_bytes: int, opened_bytes: int) -> float:
-    """How likely a member shall audit one other reducer after a round, so that all audits together cost BYTES_SHARE.
+    """How likely a member shall audit one other reducer after a round, so that all audits and signatures together cost
+    BYTES_SHARE.
 
     An audit takes everybody's sections of a span: about one payload over the number of reducers, times the members.
     """
+    pairs = num_members * (num_members - 1)
     round_bytes = (num_members - 1) * (payload_bytes + aggregate_bytes)
-    per_audit = payload_bytes + opened_bytes
-    return min(1.0, BYTES_SHARE * round_bytes / per_audit / (num_members * (num_members - 1)))
+    spare = max(BYTES_SHARE * round_bytes - SIGNATURE_BYTES * pairs, AUDITS_SHARE * round_bytes)
+    return min(1.0, spare / (payload_bytes + opened_bytes) / pairs)
 
 
 def is_drawn(ticket: bytes, likely: float) -> bool:
