@@ -26,6 +26,7 @@ from dtrain.dht.history import RoundRecord
 from dtrain.dht.identity import Identity
 from dtrain.dht.rounds import RoundRunner
 from dtrain.dht.streams import Call, Header, StreamError, answer, first_header, read_blob
+from dtrain.dht.tokens import reason_text
 
 GUILTY_ROUNDS = 1000  # for which a peer that is proven to cheat stays out
 SILENT_ROUNDS = 10  # for which one has nothing to do with a peer that answers none of one's audits
@@ -104,7 +105,7 @@ class Audits(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
         auditor: Callable[[Callable[[str, str], Call]], Auditor],
         refuses: Callable[[str], str],
         count: Callable[[str], None],
-        on_round: Callable[[RoundRunner], None],
+        on_round: Callable[[RoundRunner, RoundRecord], None],
     ):
         self._on_round = on_round
         self._p2p, self._prefix, self._timeout_s, self._refuses = p2p, prefix, timeout_s, refuses
@@ -117,7 +118,7 @@ class Audits(ServicerBase):  # type: ignore[misc]  # hivemind ships no types
 
     def note(self, runner: RoundRunner, record: RoundRecord) -> None:
         """A round counts, in which sums were compressed again."""
-        self._on_round(runner)
+        self._on_round(runner, record)
         if runner.kept is not None:
             self._answers.keep(runner.kept)
         self.auditor.look(Sums.of(runner, record))
@@ -182,13 +183,19 @@ async def open_audits(
 
     verdicts = Verdicts(codec)
 
-    def judged(runner: RoundRunner) -> None:
+    def judged(runner: RoundRunner, record: RoundRecord) -> None:
         members = [member.peer_id for member in runner.members]
-        for sentence in verdicts.note(runner.setting.round, members, runner.aggregates):
-            heartbeats.count(f"put-out-{sentence.reason}")
-            if sentence.peer_id != identity.peer_id:
-                heartbeats.outcasts.put_out(sentence.peer_id, sentence.until, f"put-out-{sentence.reason}")
-            logging.warning("%s is put out up to round %d: %s", *astuple(sentence))
+        sentences = verdicts.note(runner.setting.round, members, runner.aggregates)
+        for sentence in sentences:
+            peer_id, until, reason = astuple(sentence)
+            heartbeats.count(f"put-out-{reason}")
+            if peer_id != identity.peer_id:
+                heartbeats.outcasts.put_out(peer_id, until, f"put-out-{reason}")
+            logging.warning("%s is put out up to round %d: %s", peer_id, until, reason)
+        if sentences and identity.peer_id == min(set(members) - {s.peer_id for s in sentences}):
+            for sentence in sentences:  # once for all who watch
+                words = reason_text(f"put-out-{sentence.reason}")
+                record.problems.append(f"{sentence.peer_id} is put out up to round {sentence.until}: {words}")
 
     def silent(peer_id: str) -> None:
         until = int(heartbeats.status["round"]) + SILENT_ROUNDS

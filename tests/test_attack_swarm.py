@@ -51,6 +51,10 @@ def test_who_attacks_is_put_out_and_the_others_go_on(tmp_path: Path) -> None:
             log = worker.log.read_text()
             assert log.count("is put out up to round") == len(hostile)
         assert len({worker.digests()[last + 4] for worker in honest}) == 1
+        told = [str(event["problem"]) for worker in honest for event in worker.events("round")]
+        for reason, peer_id in ids.items():
+            words = reason_text(f"put-out-{reason}")
+            assert sum(f"{peer_id} is put out" in line and words in line for line in told) == 1
         for reason, worker in hostile.items():
             words = reason_text(f"put-out-{reason}")
             eventually(lambda w=worker, s=words: s in w.log.read_text(), f"it is not told:\n{worker.tail()}")
