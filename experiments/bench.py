@@ -14,6 +14,7 @@ BENCHES = {
     "data": ("dtrain.experiments.bench_data", "how long training waits for streamed data"),
     "memory": ("dtrain.experiments.bench_memory", "what memory a worker takes, by preset and option"),
     "dashboard": ("dtrain.experiments.dashboard_load", "the dashboard under many viewers"),
+    "dht": ("dtrain.experiments.lab_dht", "look-ups among many peers of which some have just died"),
     "join": ("dtrain.experiments.bench_join", "what a mass join costs those who train"),
     "pace": ("dtrain.experiments.bench_pace", "what unequal machines lose to one another"),
 }

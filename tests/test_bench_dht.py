@@ -1,0 +1,31 @@
+"""`dtrain bench dht`: real nodes, a part of them killed, and nobody left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dtrain.trainer import cli
+
+pytestmark = pytest.mark.xdist_group("processes")
+
+
+def test_records_are_found_after_a_part_of_the_peers_is_killed(tmp_path: Path) -> None:
+    """Twelve peers, four of them killed, the one through which all had joined among them."""
+    figures = tmp_path / "figures.json"
+    code = cli.main(["bench", "dht", "--peers", "12", "--looks", "3", "--json", str(figures)])
+    found = json.loads(figures.read_text())
+    assert code == 0 and (found["peers"], found["killed"]) == (12, 4)
+    assert (found["before"]["looks"], found["after"]["looks"]) == (36, 24)
+    assert found["before"]["share_found"] == 1.0 and found["after"]["share_in_time"] >= 0.95
+    module = "dtrain.experiments.lab_dht_peers"
+    assert not [p for p in psutil.process_iter(["cmdline"]) if module in (p.info["cmdline"] or [])]
+
+
+@pytest.mark.parametrize("flags", [["--peers", "4"], ["--killed", "1"], ["--looks", "0"]])
+def test_what_cannot_be_measured_is_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "dht", *flags]) == 2
+    assert "--peers must be 8 at least" in capsys.readouterr().err
