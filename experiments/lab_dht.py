@@ -129,4 +129,5 @@ def _swarm(folder: Path, number: int) -> Iterator[list[subprocess.Popen[str]]]:
         for process in swarm:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with process:  # waits, and closes the pipes
+                pass
