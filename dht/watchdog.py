@@ -8,6 +8,8 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+STEP_S = 1.0
+
 Result = TypeVar("Result")
 
 
@@ -16,13 +18,18 @@ class Stuck(Exception):
 
 
 async def within(limit_s: float, work: Coroutine[Any, Any, Result]) -> Result:
-    """What `work` returns. Raises Stuck if it takes more than `limit_s` seconds.
+    """What `work` returns. Raises Stuck if it takes more than `limit_s` seconds of this process's life: while it is
+    frozen, nothing can go on.
 
     Not `asyncio.wait_for`, which would wait until the work has let itself be cancelled: who is stuck may not.
     """
     task = asyncio.ensure_future(work)
     try:
-        done, _ = await asyncio.wait({task}, timeout=limit_s)
+        left_s, done = limit_s, set[Any]()
+        while not done and left_s > 0:  # in steps, of which a freeze makes one longer
+            step_s = min(STEP_S, left_s)
+            done, _ = await asyncio.wait({task}, timeout=step_s)
+            left_s -= step_s
     finally:
         task.cancel()
     if not done:

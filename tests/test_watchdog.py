@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from dtrain.dht import watchdog
 from dtrain.dht.watchdog import Stuck, within
 
 
@@ -40,6 +41,19 @@ def test_what_is_stuck_is_told_apart_and_its_place_logged(caplog: pytest.LogCapt
 
     assert asyncio.run(run()) < 0.9  # the work itself ends a second later
     assert "stuck_in_a_lock" in caplog.text
+
+
+def test_a_freeze_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A laptop that was closed in the middle of a round: the round goes on when it is opened again."""
+    monkeypatch.setattr(watchdog, "STEP_S", 0.05)
+
+    async def frozen() -> str:
+        await asyncio.sleep(0.01)
+        time.sleep(0.6)  # the whole process stands still
+        await asyncio.sleep(0.1)
+        return "back"
+
+    assert asyncio.run(within(0.4, frozen())) == "back"
 
 
 def test_who_waits_no_more_takes_the_work_along() -> None:
