@@ -14,7 +14,7 @@ import torch
 from dtrain.compression import aggregate as agg
 from dtrain.compression import wire
 from dtrain.compression.dense_part import DensePart
-from dtrain.compression.errors import CompressionError
+from dtrain.compression.errors import CompressionError, PayloadError
 from dtrain.compression.kernels import pick
 from dtrain.compression.kernels.base import Kernel
 from dtrain.compression.layout import Layout, Shapes
@@ -99,11 +99,14 @@ class Codec:
         )
 
     def cut(self, payload: bytes, first_chunk: int, num_chunks: int) -> bytes:
-        """The part of a valid payload that covers a range, itself a valid payload; no value is decoded."""
+        """The part of a valid payload that covers a range, itself a valid payload; no value is decoded. Raises
+        PayloadError "wrong-range" when the payload does not cover it.
+        """
         self.layout.split(first_chunk, num_chunks)
         head, section = self._open(payload)
         if first_chunk < head.first_chunk or first_chunk + num_chunks > head.first_chunk + head.num_chunks:
-            raise CompressionError(f"chunks {first_chunk} + {num_chunks} are not all in this payload")
+            there, asked = f"{head.first_chunk} + {head.num_chunks}", f"{first_chunk} + {num_chunks}"
+            raise PayloadError("wrong-range", f"covers chunks {there}, not all of {asked}")
         body = self.payload_format.cut(section, first_chunk, num_chunks)
         return wire.seal(wire.PAYLOAD, self._id, head.run, head.round, (first_chunk, num_chunks), body)
 
