@@ -36,7 +36,7 @@ WEIGHT_LIMIT = 4.0
 NORM_LIMIT, NORM_REFUSED, NORM_EMPTY = 2.0, 10.0, 0.02
 COPY_COSINE = 0.98
 ALIGNED = 0.25  # of the median cosine: from here on a section counts in full
-NOISE = 4.0  # standard deviations by which the median cosine must be above chance
+NOISE = 2.5  # standard deviations of one by which the median cosine must be above chance; the median itself varies less
 BLOCK = 1 << 20  # elements of each section that are decoded at a time
 
 
