@@ -17,6 +17,11 @@ FORGIVENESS = 0.25  # seconds of doubt that are forgotten in a second without ca
 MAX_STEP_S = 5.0  # of looks that lie further apart no more is counted
 
 
+def enough(num_peers: int) -> int:
+    """How many of so many peers must say the same so that it is no liar's word: more than a third, two at least."""
+    return max(2, num_peers // 3 + 1)
+
+
 class Belief:
     """Of one peer in all others."""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dtrain.compression.belief import MIN_PEERS
+from dtrain.compression.belief import MIN_PEERS, enough
 from dtrain.compression.errors import PayloadError
 from dtrain.dht.averager import SwarmAverager
 from dtrain.dht.heartbeats import Heartbeats
@@ -128,7 +128,7 @@ class Rounds:
             else:
                 found.append(past)
                 alike = sum(is_same(other, past) for other in found)
-                if self._is_borne_out(past) or alike >= max(2, len(donors) // 3 + 1):
+                if self._is_borne_out(past) or alike >= enough(len(donors)):
                     return past
         return found[0] if found and len(donors) < MIN_PEERS else None
 

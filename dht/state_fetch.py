@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from dtrain.compression.belief import MIN_PEERS
+from dtrain.compression.belief import MIN_PEERS, enough
 from dtrain.dht.partial_state import PartialState, Standing, sha256
 from dtrain.dht.passed_rounds import PassedRounds
 from dtrain.dht.state_donor import BUSY
@@ -125,7 +125,7 @@ class StateFetch:
         holders = Counter(standing for offers in judges for standing in set(offers))
         if not holders:
             return None
-        agreed = {standing for standing, num in holders.items() if num >= most_of(len(judges))}
+        agreed = {standing for standing, num in holders.items() if num >= enough(len(judges))}
         if (
             not agreed and len(judges) >= MIN_PEERS
         ):  # while rounds pass quickly all differ; a liar is not in the middle
@@ -269,11 +269,6 @@ class StateFetch:
     def _tell_progress(self) -> None:
         total = self._partial.total_bytes
         self._on_progress(total - sum(self._pieces[i] for i in self._missing), total)
-
-
-def most_of(num_donors: int) -> int:
-    """How many donors must have a state so that it is no liar's."""
-    return max(2, num_donors // 3 + 1)
 
 
 def _standing(state: object) -> Standing:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dtrain.compression.belief import enough
 from dtrain.experiments.memory_peer import MemoryOutcome
 from dtrain.experiments.memory_round import Contribution, Faults
 from dtrain.experiments.memory_swarm import MemorySwarm
@@ -147,7 +148,7 @@ class MemoryExchange:
             donors = {name: peer for name, peer in others.items() if peer.state != "joining"}
             digests = {name: str(peer.status.get("digest", "")) for name, peer in donors.items()}
             agreeing = Counter(digests.values())
-            least = max(2, len(donors) // 3 + 1)
+            least = enough(len(donors))
 
             def rank(name: str) -> tuple[bool, float, int, str, str]:
                 num = agreeing[digests[name]]

@@ -12,13 +12,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from round_tools import Group, play, quicken
 
-from dtrain.compression.belief import DOUBT_S, FORGIVENESS, PATIENCE_S, Belief
+from dtrain.compression.belief import DOUBT_S, FORGIVENESS, PATIENCE_S, Belief, enough
 from dtrain.dht.history import RoundRecord, prove, signers
 from dtrain.dht.identity import Identity
 from dtrain.dht.meeting import Rounds
 from dtrain.dht.peer_record import PeerRecord
 from dtrain.dht.seals import Setting, sign_aggregate
-from dtrain.dht.state_fetch import most_of
 from dtrain.trainer.clock import SYSTEM_CLOCK
 from dtrain.trainer.manifest import preset_manifest
 from dtrain.trainer.pacing import Pace, Pacer
@@ -153,7 +152,7 @@ def test_old_rounds_whose_reducers_are_gone_need_several_words() -> None:
 
 
 def test_a_state_needs_the_words_of_more_than_a_third() -> None:
-    assert [most_of(number) for number in (1, 3, 5, 6, 15, 16)] == [2, 2, 2, 3, 6, 6]
+    assert [enough(number) for number in (1, 3, 5, 6, 15, 16)] == [2, 2, 2, 3, 6, 6]
 
 
 # ---------------------------------------------------------------------- when a round is over
