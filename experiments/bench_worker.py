@@ -26,7 +26,7 @@ class WorkerRun:
 
     events: Sequence[Mapping[str, Any]]
     peak_bytes: int
-    """Most memory that its processes held at one moment: resident sets, what they share counted for each."""
+    """Most memory that its processes held at one moment."""
     peak_trainer_bytes: int
     """Of that, the process that trains."""
     seconds: float
@@ -47,9 +47,9 @@ def run_worker(folder: Path, flags: Sequence[str], timeout_s: float = 3600.0) ->
         watched = psutil.Process(process.pid)
         try:
             while process.poll() is None:
-                own = _resident(watched)
+                own = _memory(watched)
                 peak_trainer = max(peak_trainer, own)
-                peak = max(peak, own + sum(map(_resident, _children(watched))))
+                peak = max(peak, own + sum(map(_memory, _children(watched))))
                 if time.monotonic() - began > timeout_s:
                     raise RunError(f"the worker took longer than {timeout_s:.0f} s")
                 time.sleep(SAMPLE_S)
@@ -64,11 +64,13 @@ def run_worker(folder: Path, flags: Sequence[str], timeout_s: float = 3600.0) ->
     return WorkerRun(events, peak, peak_trainer, time.monotonic() - began)
 
 
-def _resident(process: psutil.Process) -> int:
+def _memory(process: psutil.Process) -> int:
+    """Bytes that it takes; of what it shares with others, such as libraries, its part, where the system tells."""
     try:
-        return int(process.memory_info().rss)
+        info = process.memory_full_info()
     except psutil.Error:
         return 0
+    return int(getattr(info, "pss", info.rss))
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:

@@ -92,6 +92,7 @@ class InnerLoop:
 
     def contribution(self, base: Tensor, local: FlatParameters) -> list[Tensor]:
         """See Inner."""
+        self._clear()  # the exchange needs their memory
         return local.views(base.cpu() - local.flat.cpu())
 
     def state_dict(self) -> dict[str, Tensor]:

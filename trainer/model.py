@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.trainer.config import ModelConfig
+from dtrain.trainer.loss import next_token_loss
 
 ROPE_BASE = 10_000.0
 
@@ -53,10 +54,10 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
                 x = block(x, cos, sin)
-        logits = functional.linear(norm(x), self.embedding.weight)
+        x = norm(x)
         if targets is None:
-            return logits
-        return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            return functional.linear(x, self.embedding.weight)
+        return next_token_loss(x.flatten(0, 1), self.embedding.weight, targets.flatten())
 
     def _init_parameters(self, seed: int) -> None:
         # Uniform values made by exactly rounded operations on the generator's raw bits: normal_() goes

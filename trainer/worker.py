@@ -209,7 +209,8 @@ class Worker:
         self.keeper.made(payload, training.round)
         self.books.made(payload, training.round, digest, training.tokens)
         outcome = self._courier.submit(self._exchange, payload, training, digest)
-        self._delivery = Delivery(payload, training, self.local.flat.clone(), outcome)
+        base = self.local.flat.clone() if self._overlaps else self.local.flat  # without, they stay there
+        self._delivery = Delivery(payload, training, base, outcome)
 
     def _exchange(self, payload: bytes, training: Training, digest: bytes) -> Outcome:
         """In the courier's thread: meet the round's group; try again while no group forms."""
