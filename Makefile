@@ -93,9 +93,11 @@ soak: setup
 join-test: setup
 	$(BIN)/pytest tests/test_state_swarm.py -m slow $(TEST_ARGS)
 
-# Adapters trained by three processes and loaded by peft, benches of a worker, torch.compile: about 5 minutes.
+# Adapters trained by three processes and loaded by peft, lm-evaluation-harness, benches of a worker, torch.compile:
+# about 6 minutes.
 hf-test: setup
-	$(BIN)/pytest tests/test_models_hf.py tests/test_bench_worker.py tests/test_compute.py -m "slow or not slow" $(TEST_ARGS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tasks]'
+	$(BIN)/pytest tests/test_models_hf.py tests/test_harness.py tests/test_bench_worker.py tests/test_compute.py -m "slow or not slow" $(TEST_ARGS)
 
 # Some of the lab's scenarios, under 15 minutes on a machine with two free cores: Linux, as root or with user namespaces.
 LAB := freeze partition kill-each-round nat

@@ -170,15 +170,15 @@ def test_a_factory_makes_the_model_if_the_user_trusts_it(tmp_path: Path) -> None
 
 @pytest.mark.xdist_group("processes")
 def test_from_swarm_to_transformers_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two processes train a Llama from its config; exported, the library alone computes the same; then three others
+    """Three processes train a Llama from its config; exported, the library alone computes the same; then three others
     train adapters on that, and send kilobytes."""
-    flags = ("--model", str(config_file(tmp_path)), *QUICK, "--start-workers", "2", "--eval-every", "3")
+    flags = ("--model", str(config_file(tmp_path)), *QUICK, "--start-workers", "3", "--eval-every", "3")
     with swarm("whole", tmp_path) as workers:
-        for name in ("a", "b"):
+        for name in ("a", "b", "c"):
             workers.start(name, *flags)
-        assert [worker.wait() for worker in workers.workers] == [0, 0]
+        assert [worker.wait() for worker in workers.workers] == [0, 0, 0]
         digests = [worker.digests() for worker in workers.workers]
-        assert digests[0].keys() == {1, 2, 3} and digests[0] == digests[1]
+        assert digests[0].keys() == {1, 2, 3} and digests[0] == digests[1] == digests[2]
     folder, out = str(tmp_path / "a"), tmp_path / "out"
     assert main(["export", "--folder", folder, "--format", "hf", "--out", str(out)]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)

@@ -26,6 +26,7 @@ from torch import Tensor
 from dtrain.trainer.disk import flush
 from dtrain.trainer.errors import CheckpointError, RunError, UsageError
 from dtrain.trainer.outer import digest_of
+from dtrain.trainer.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class CheckpointStore:
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
                 temporary.unlink()
-            raise RunError(f"cannot write the checkpoint {path}: {_one_line(error)}") from None
+            raise RunError(f"cannot write the checkpoint {path}: {one_line(error)}") from None
         return path
 
     def newest(self, manifest_hash: bytes | None = None) -> Checkpoint | None:
@@ -146,7 +147,7 @@ def read_file(path: Path) -> Checkpoint:
             metadata = file.metadata() or {}
         return _verified(tensors, metadata)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"the checkpoint {path} is damaged ({_one_line(error)})") from None
+        raise CheckpointError(f"the checkpoint {path} is damaged ({one_line(error)})") from None
 
 
 def _storable(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -200,7 +201,3 @@ def _seal(body: str, tensors: Mapping[str, Tensor]) -> str:
         if tensor.numel():
             sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="your copy of the run's data, if it is local")
     parser.add_argument("--text", type=Path, help="evaluate on this instead: text, JSONL, Parquet, Arrow")
     parser.add_argument("--tokens", type=int, default=0, help="how many, at most (default: as the run does)")
+    parser.add_argument("--tasks", help="score by these tasks of lm-evaluation-harness instead, with commas")
+    parser.add_argument("--tasks-from", type=Path, metavar="DIR", help="a folder with tasks of your own")
+    parser.add_argument("--limit", type=int, default=0, help="questions of each task, at most (default: all)")
     parser.add_argument("--json", action="store_true", help="for programs: one JSON object")
     add_trained_flags(parser)
 
@@ -56,8 +59,12 @@ def run(args: argparse.Namespace) -> int:
     from dtrain.trainer.tokenizer import open_tokenizer
     from dtrain.trainer.trained import load
 
-    if args.tokens < 0:
-        raise UsageError(f"--tokens {args.tokens} will not do: type at least 1")
+    if args.tokens < 0 or args.limit < 0:
+        raise UsageError("--tokens and --limit must be at least 1 where they are given")
+    if (args.tasks_from or args.limit) and not args.tasks:
+        raise UsageError("--tasks-from and --limit go with --tasks")
+    if args.tasks:
+        return _run_tasks(args)
     trained = load(args)
     manifest = trained.manifest
     most = args.tokens or manifest.data.eval_tokens
@@ -82,6 +89,44 @@ def run(args: argparse.Namespace) -> int:
         f"  bits per byte   {score.bits_per_byte:.4f}\n"
         f"  over            {score.tokens:,} tokens, {score.bytes:,} bytes"
     )
+    return 0
+
+
+def _run_tasks(args: argparse.Namespace) -> int:
+    """Print the scores by tasks of lm-evaluation-harness."""
+    from dtrain.trainer.cli_propose import local_tokenizer
+    from dtrain.trainer.tokenizer import open_tokenizer
+    from dtrain.trainer.trained import load
+
+    try:
+        from dtrain.trainer.harness import HarnessModel, score
+    except ModuleNotFoundError:
+        raise UsageError("--tasks needs lm-evaluation-harness: type pip install 'dtrain[tasks]'") from None
+    trained = load(args)
+    model, data = trained.manifest.model, trained.manifest.data
+    tokenizer = open_tokenizer(data, local_tokenizer(args))
+    vocab = min(tokenizer.size, model.vocab_size)
+    tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
+    results = score(
+        HarnessModel(trained.model, tokenizer, model.seq_len, vocab), tasks, args.tasks_from, args.limit
+    )
+    # The harness names a metric "acc,none" and its error "acc_stderr,none".
+    scores = {
+        task: {key.partition(",")[0]: value for key, value in found.items() if isinstance(value, float)}
+        for task, found in results.items()
+    }
+    if args.json:
+        print(
+            json.dumps(
+                {"run_id": trained.manifest.run_id, "round": trained.checkpoint.round, "tasks": scores}
+            )
+        )
+        return 0
+    for task, metrics in scores.items():
+        for name, value in metrics.items():
+            if not name.endswith("_stderr"):
+                error = metrics.get(f"{name}_stderr", math.nan)
+                print(f"{task}: {name} {value:.4f}" + ("" if math.isnan(error) else f" +- {error:.4f}"))
     return 0
 
 

@@ -9,8 +9,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dtrain.trainer.errors import UsageError
-from dtrain.trainer.sources import ARROW, JSONL, PARQUET, TEXT, Piece, SourceFile, one_line
-from dtrain.trainer.text import without_login
+from dtrain.trainer.sources import ARROW, JSONL, PARQUET, TEXT, Piece, SourceFile
+from dtrain.trainer.text import one_line, without_login
 from dtrain.trainer.tokenizer import NEEDS_HF
 
 HTTP_TIMEOUT_S = 60.0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.trainer.errors import UsageError
-from dtrain.trainer.text import without_login
+from dtrain.trainer.text import one_line, without_login
 from dtrain.trainer.tokenizer import NEEDS_HF
 
 PIECE_BYTES = 1 << 20
@@ -36,7 +36,7 @@ class Mirror:
             self._names()
         except Exception as error:  # every protocol has its own
             raise UsageError(
-                f"cannot write checkpoints to {self.url} (--checkpoint-to): {_one_line(error)}"
+                f"cannot write checkpoints to {self.url} (--checkpoint-to): {one_line(error)}"
             ) from None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mirror")
         self._lock = threading.Lock()
@@ -63,7 +63,7 @@ class Mirror:
             self._system.get_file(f"{self._folder}/{names[-1]}", str(draft))
             draft.replace(target)
         except Exception as error:  # every protocol has its own
-            raise UsageError(f"cannot read the checkpoint at {self.url}: {_one_line(error)}") from None
+            raise UsageError(f"cannot read the checkpoint at {self.url}: {one_line(error)}") from None
         return target
 
     def _put_waiting(self) -> None:
@@ -75,7 +75,7 @@ class Mirror:
             self._put(path)
         except Exception as error:  # every protocol has its own; the copy on this disk is whole
             self._say(
-                f"The checkpoint {path.name} is not at {self.url}: {_one_line(error)}. The next one may be."
+                f"The checkpoint {path.name} is not at {self.url}: {one_line(error)}. The next one may be."
             )
 
     def _put(self, path: Path) -> None:
@@ -101,7 +101,3 @@ def _sha256(stream: Any) -> str:
         while piece := stream.read(PIECE_BYTES):
             sha.update(piece)
     return sha.hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return without_login(" ".join(str(error).split()))[:200] or type(error).__name__

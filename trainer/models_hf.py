@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dtrain.trainer.errors import UsageError
+from dtrain.trainer.text import one_line
 from dtrain.trainer.tokenizer import NEEDS_HF
 
 if TYPE_CHECKING:
@@ -224,8 +225,3 @@ def shape_of(config: str) -> dict[str, int]:
         "hidden_dim": max(first("intermediate_size", "n_inner", "ffn_dim"), dim),
         "seq_len": first("max_position_embeddings", "n_positions", "n_ctx"),
     }
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text in one line of bearable length."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from dtrain.trainer.config_data import PartConfig
 from dtrain.trainer.errors import UsageError
-from dtrain.trainer.text import without_login
+from dtrain.trainer.text import one_line
 from dtrain.trainer.tokenizer import NEEDS_HF
 
 TEXT, JSONL, PARQUET, ARROW = "text", "jsonl", "parquet", "arrow"
@@ -175,8 +175,3 @@ def _on_hub(part: PartConfig) -> list[SourceFile]:
         system, name = fsspec.core.url_to_fs(url)
         files.append(SourceFile(url, LOADERS[loader], int(system.info(name)["size"] or 0)))
     return [file for file in files if file.num_bytes]
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text in one line of bearable length."""
-    return without_login(" ".join(str(error).split()))[:300] or type(error).__name__

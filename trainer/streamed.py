@@ -26,7 +26,8 @@ from dtrain.trainer.documents import documents
 from dtrain.trainer.errors import RunError, UsageError
 from dtrain.trainer.manifest import Manifest
 from dtrain.trainer.prefetch import RoundsAhead
-from dtrain.trainer.sources import PARQUET, Piece, SourceFile, cut, one_line
+from dtrain.trainer.sources import PARQUET, Piece, SourceFile, cut
+from dtrain.trainer.text import one_line
 from dtrain.trainer.tokenizer import ByteTokenizer, Tokenizer
 
 BYTES_PER_TOKEN = 4.0  # of English web text, by a tokenizer of 50k tokens

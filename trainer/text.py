@@ -23,6 +23,11 @@ def clean_block(text: object, limit: int = MAX_SAMPLE) -> str:
     return _visible(text, limit, KEPT_CONTROLS)
 
 
+def one_line(error: BaseException) -> str:
+    """An error's text in one line of bearable length, without a login."""
+    return without_login(" ".join(str(error).split()))[:300] or type(error).__name__
+
+
 def without_login(url: str) -> str:
     """A URL as it may be shown: a user name and password in it become "***"."""
     return re.sub(r"(?<=://)[^/@\s]*@", "***@", url)

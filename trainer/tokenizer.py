@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from dtrain.trainer.config_data import BYTE_VALUES, BYTES, DataConfig
 from dtrain.trainer.errors import UsageError
+from dtrain.trainer.text import one_line
 
 if TYPE_CHECKING:
     import tokenizers
@@ -136,7 +137,7 @@ def load(name: str) -> LibraryTokenizer:
     except UsageError:
         raise
     except Exception as error:  # the library raises plain Exception
-        raise UsageError(f"the tokenizer {name} cannot be read: {_one_line(error)}") from None
+        raise UsageError(f"the tokenizer {name} cannot be read: {one_line(error)}") from None
     if name.endswith(".json"):
         raise UsageError(
             f"this run's tokenizer is the file {name}: type --tokenizer PATH with your copy of it"
@@ -147,9 +148,5 @@ def load(name: str) -> LibraryTokenizer:
         raise
     except Exception as error:  # no such name, no network, no fast tokenizer
         raise UsageError(
-            f"the tokenizer (--tokenizer) {name} is no file here, and cannot be had from the hub: {_one_line(error)}"
+            f"the tokenizer (--tokenizer) {name} is no file here, and cannot be had from the hub: {one_line(error)}"
         ) from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
