@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +51,7 @@ class Bigram(nn.Module):
         """Log-probability of the last `kept` bytes of the text that follows a byte."""
         chain = [before, *text.encode()][-kept - 1 :]
         steps = self.table[:, :256].log_softmax(dim=1)
-        return float(sum(steps[a, b] for a, b in zip(chain, chain[1:])))
+        return float(sum(steps[a, b] for a, b in itertools.pairwise(chain)))
 
 
 @pytest.fixture
@@ -104,7 +105,9 @@ def test_a_task_of_ones_own_is_scored(bigram: Bigram, tmp_path: Path) -> None:
     from dtrain.trainer.harness import score
 
     results = score(harness(bigram), ["tiny"], task_folder(tmp_path), limit=0)
-    assert results["tiny"]["acc,none"] == pytest.approx(1 / 3)  # it knows the last byte only: one answer for all
+    assert results["tiny"]["acc,none"] == pytest.approx(
+        1 / 3
+    )  # it knows the last byte only: one answer for all
 
 
 @pytest.mark.xdist_group("processes")
