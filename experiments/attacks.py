@@ -21,6 +21,7 @@ from dtrain.trainer.data import Corpus
 
 WORK_CLAIMED = 1e15  # tokens
 TOKENS_CLAIMED = 1000.0  # times those that were trained
+FOREIGN_PART = 50  # of so many parts of the text, the first one
 
 
 def _noise(update: Tensor, draw: torch.Generator) -> Tensor:
@@ -41,7 +42,7 @@ UPDATES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 REDUCERS = {"reducer-turned": "turned", "reducer-slanted": "slanted", "reducer-leaves-out": LEAVES_OUT}
 """Attacks on the sums that the attackers make, as the reducers that they are: kinds of `memory_round.Faults.sums`."""
 
-OTHERS = ("boast", "not-finite", "replay", "copy", "wrong-data", "tokens", "slow-loris")
+OTHERS = ("boast", "not-finite", "replay", "copy", "wrong-data", "foreign-data", "tokens", "slow-loris")
 
 ATTACKS = (*UPDATES, *OTHERS, *REDUCERS)
 
@@ -90,9 +91,12 @@ class Attack:
         return Boaster(swarm, name) if boasts else MemoryExchange(swarm, name)
 
     def data_of(self, name: str, corpus: Corpus) -> Corpus:
-        """What a worker trains on: with wrong data, text whose letters are in no order."""
-        if self._kind != "wrong-data" or name not in self.attackers:
+        """What a worker trains on: with wrong data, text whose letters are in no order; with foreign data, always the
+        same little piece of the run's text."""
+        if name not in self.attackers or self._kind not in ("wrong-data", "foreign-data"):
             return corpus
+        if self._kind == "foreign-data":
+            return replace(corpus, train=corpus.train[: len(corpus.train) // FOREIGN_PART])
         order = np.random.default_rng(0).permutation(len(corpus.train))
         return replace(corpus, train=np.asarray(corpus.train)[order])
 

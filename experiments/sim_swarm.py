@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +156,10 @@ class Simulation:
     def _part_of_data(self, index: int) -> Corpus:
         """What a worker trains on."""
         if self.spec.simulate.data == "shared":
-            return self._corpus
+            return replace(self._corpus, is_common=True)  # one machine, one text
         parts, length = self.spec.simulate.workers, len(self._corpus.train)
         begin = length * (index % parts) // parts
-        return Corpus(self._corpus.train[begin : begin + length // parts], self._corpus.eval)
+        return Corpus(self._corpus.train[begin : begin + length // parts], self._corpus.eval, is_common=False)
 
     def _row(self, outcome: Row) -> Row:
         spec, manifest = self.spec, self.manifest

@@ -45,3 +45,18 @@ class AdmissionConfig:
             require(well_formed, "admission.allowed", "hold peer ids such as 12D3KooW...", peer)
         rule = 'name peers with admission.mode = "list", and none otherwise'
         require((self.mode == "list") == bool(self.allowed), "admission.allowed", rule, self.allowed)
+
+
+@dataclass(frozen=True)
+class DefenceConfig:
+    """What is done against members that do not do what they say."""
+
+    SECTION: ClassVar[str] = "defence"
+
+    recheck: float = added(0.02)
+    """Share of its compute that a worker spends on trying out others' updates on the data that they were given, in
+    groups of more than four (`recheck.py`); 0 = none."""
+
+    def __post_init__(self) -> None:
+        settle_types(self, self.SECTION)
+        require(0 <= self.recheck <= 1, "defence.recheck", "be between 0 and 1", self.recheck)

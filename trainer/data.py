@@ -46,6 +46,10 @@ class Data(Protocol):
     def lanes(self) -> int:
         """Disjoint parts of each epoch, see `DataConfig.lanes`."""
 
+    @property
+    def is_common(self) -> bool:
+        """Whether all workers of the run have this text, so that one can do again what another has done."""
+
     def batches(
         self,
         *,
@@ -56,10 +60,12 @@ class Data(Protocol):
         batch_size: int,
         seq_len: int,
         lane: int | None = None,
+        ahead: bool = True,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless batches of one worker's round: x and y [batch_size, seq_len] int64, y one token ahead of x.
 
-        Equal arguments give equal batches, on every machine. `lane` is the peer's own if it is not given.
+        Equal arguments give equal batches, on every machine. `lane` is the peer's own if it is not given. Without
+        `ahead` nothing is read before it is asked for, and this worker's own batches are not disturbed.
         """
 
     def eval_batches(
@@ -87,6 +93,8 @@ class Corpus:
     tokenizer: Tokenizer = field(default_factory=ByteTokenizer)
     windows_per_round: int = 1 << 10
     """What a round deals to each lane."""
+    is_common: bool = True
+    """See Data."""
 
     def batches(
         self,
@@ -98,6 +106,7 @@ class Corpus:
         batch_size: int,
         seq_len: int,
         lane: int | None = None,
+        ahead: bool = True,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """See Data. With lanes, windows follow one another without overlap; without, they begin at random places."""
         starts = self._num_starts(self.train, seq_len)
@@ -267,9 +276,8 @@ def _stdlib_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
         raise UsageError(
             f"this Python has no library sources below {folder}: type --data PATH with any text file"
         )
-    return Corpus(
-        _as_tokens(train, config, tokenizer), _as_tokens(held_out, config, tokenizer), config.lanes, tokenizer
-    )
+    tokens, held = (_as_tokens(part, config, tokenizer) for part in (train, held_out))
+    return Corpus(tokens, held, config.lanes, tokenizer, is_common=False)  # every Python has another library
 
 
 def python_sources(folder: Path) -> list[str]:

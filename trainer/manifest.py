@@ -26,7 +26,7 @@ from dtrain.trainer.config import (
     require,
 )
 from dtrain.trainer.config_data import BYTE_VALUES, BYTES, DataConfig
-from dtrain.trainer.config_trust import AdmissionConfig
+from dtrain.trainer.config_trust import AdmissionConfig, DefenceConfig
 from dtrain.trainer.errors import UsageError
 from dtrain.trainer.presets import PRESETS
 
@@ -56,6 +56,7 @@ SECTIONS: dict[str, type[Any]] = {
     "codec": CodecSpec,
     "exchange": ExchangeConfig,
     "admission": AdmissionConfig,
+    "defence": DefenceConfig,
 }
 FORMAT = 1
 """Version of the manifest's own layout."""
@@ -91,6 +92,8 @@ class Manifest:
     """How workers meet."""
     admission: AdmissionConfig
     """Who may take part."""
+    defence: DefenceConfig
+    """What is done against members that do not do what they say."""
     organizer: str = ""
     """Ed25519 public key of who made the run, 64 lower-case hex digits; "" until signed."""
     format: int = FORMAT

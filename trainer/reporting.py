@@ -51,6 +51,7 @@ class Reporter:
     started: float = field(init=False)
     tokens: int = 0  # trained by this worker, all its life
     gives: bool = True  # whether others may ask us for state and past rounds
+    accuses: str = ""  # peer id of whom we have found to cheat last, for others to look too
     _state: str = "starting"
     _pace: Pace = field(init=False)
     _trained_s: float = 0.0  # in the last round's inner steps
@@ -101,6 +102,7 @@ class Reporter:
                 "compute_share": round(self.compute_share, 4),
                 "loss": round(self._loss, 4),
                 **({"lane": self.feed.lane} if self.feed else {}),
+                **({"accuses": self.accuses} if self.accuses else {}),
             }
         )
 
@@ -143,6 +145,12 @@ class Reporter:
             "peers": f"with the weights of the others ({seconds:.1f} s)",
         }
         self.say(f"In at round {self.outer.round + 1}, {origin[source]}.")
+
+    def accused(self, peer_id: str, of: str) -> None:
+        """We have found that a peer cheats."""
+        self.bulletin.event(self.clock.time(), "problem", f"{peer_id} is accused: {of}")
+        self._post()
+        self.say(f"{peer_id} is accused: {of}.")
 
     def resync(self, reason: str) -> None:
         self.metrics.write("resync", round=self.outer.round, reason=reason)

@@ -56,6 +56,8 @@ class Part:
 class StreamedCorpus:
     """The sequences of a run whose data is streamed."""
 
+    is_common = True
+
     def __init__(
         self,
         manifest: Manifest,
@@ -90,6 +92,7 @@ class StreamedCorpus:
         batch_size: int,
         seq_len: int,
         lane: int | None = None,
+        ahead: bool = True,
     ) -> Iterator[Batch]:
         """See `data.Corpus`; made ahead in a thread. The order within the data depends on the manifest's seed and run
         id, `lane` on the peer id if it is not given."""
@@ -98,6 +101,8 @@ class StreamedCorpus:
         def make(number: int) -> Callable[[], Iterator[Batch]]:
             return lambda: self._batches(number, lane, batch_size, seq_len)
 
+        if not ahead:
+            return self._batches(round, lane, batch_size, seq_len)
         key = (lane, batch_size, seq_len)
         return self._ahead.round((round, *key), make(round), (round + 1, *key), make(round + 1))
 

@@ -32,6 +32,7 @@ from dtrain.trainer.metrics import Metrics
 from dtrain.trainer.models import ModelPlace, build_model
 from dtrain.trainer.outer_loop import OuterLoop
 from dtrain.trainer.pacing import Pacer
+from dtrain.trainer.recheck import Recheck
 from dtrain.trainer.replicas import make_compute
 from dtrain.trainer.reporting import Reporter, Say
 from dtrain.trainer.sampling import Sampler, write_sample
@@ -96,6 +97,9 @@ class Worker:
         self.keeper = Keeper(
             settings, exchange, self.outer, self.feedback, self.inner, self.report, self.books, self.codec
         )
+        self.recheck = Recheck(
+            manifest, self.model, self.local, self.outer, self.corpus, self.feed, exchange, self.report, clock
+        )
         self.download = DownloadReport(metrics, say, clock)
         self._overlaps = manifest.exchange.overlap == "eager"
         self.sampler = Sampler()
@@ -126,6 +130,7 @@ class Worker:
                 self._set_aside()
                 break
             self._deliver(self._encode(training), training)
+            self.recheck.look()  # while the payload is under way
             if not self._overlaps:
                 self._settle()
         self._settle()
@@ -241,6 +246,7 @@ class Worker:
             self._move_local(delivery.base)
             self.pacer.came_late = False
             self.report.round_done(outcome, delivery.training, all_tokens, len(delivery.payload))
+            self.recheck.ask(outcome, delivery.training, delivery.payload)
             self._keep()
             return True
         everything = [(0, self.codec.num_chunks)]
@@ -308,5 +314,6 @@ class Worker:
         asked = self.control.finishing and not self._stop.is_set()
         self.report.stopped("finished, as you asked" if asked else self._stop_reason)
         self._courier.shutdown()
+        self.recheck.close()
         self.corpus.close()
         self.keeper.close()
