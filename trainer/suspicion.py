@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 GUILTY = 7.0
 OWN_SCORES = 32  # newest ones that say what is to be expected
 LEAST_SCORES = 6  # fewer say too little
+HONEST = 0.7  # of our own mean score: machines of 2 to 21 steps a round had 0.9 to 1.2 of the mean of all
 HALF = 0.5
 LEAST_LIKENESS = 0.1  # of our own: below it the question has no answer
 FAILED = math.log(
@@ -74,11 +75,11 @@ class Suspicions:
 
     @property
     def expected(self) -> float:
-        """Score of an honest update by our own, a standard error less; 0 while there are too few, or they show
-        nothing."""
-        if len(self._own) < LEAST_SCORES:
+        """Score that honest updates have at least, on average, by our own; 0 while these are few or show nothing."""
+        number = len(self._own)
+        if number < LEAST_SCORES:
             return 0.0
-        return max(0.0, math.fsum(self._own) / len(self._own) - 1 / math.sqrt(len(self._own)))
+        return max(0.0, HONEST * math.fsum(self._own) / number - 1 / math.sqrt(number))
 
     def note(self, peer_id: str, look: Look) -> str:
         """A look at a peer's update; what it is accused of, or ""."""
