@@ -159,8 +159,8 @@ def test_a_look_is_at_what_the_sender_trained_on(lanes: int, tmp_path: Path) -> 
         lane=7 if lanes else None,
     )
     trained = {tuple(row.tolist()) for x, _ in itertools.islice(fed, 6) for row in x}
-    assert len(share.sample) == LOOKED_AT and len(trained) == 6 * train.batch_size
-    assert {tuple(x[0].tolist()) for x, _ in (*share.sample, *share.first)} <= trained
+    assert len(share.sample[0]) == LOOKED_AT and len(trained) == 6 * train.batch_size
+    assert {tuple(row.tolist()) for row in (*share.sample[0], *share.first[0])} <= trained
 
 
 def test_the_setting_is_the_runs() -> None:

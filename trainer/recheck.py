@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dtrain.compression.screen import MIN_MEMBERS
 from dtrain.trainer.assignment import draw
@@ -34,7 +35,7 @@ from dtrain.trainer.delivery import Training
 from dtrain.trainer.exchange import Exchange, Outcome
 from dtrain.trainer.feed import Feed
 from dtrain.trainer.flat import FlatParameters
-from dtrain.trainer.inner import DELTA, evaluating
+from dtrain.trainer.inner import DELTA, EVAL_TOKENS, evaluating
 from dtrain.trainer.manifest import Manifest
 from dtrain.trainer.outer_loop import OuterLoop
 from dtrain.trainer.reporting import Reporter
@@ -43,7 +44,9 @@ from dtrain.trainer.suspicion import WORDS, Look, Suspicions
 LOOKED_AT = 16  # sequences of each of the two, for their losses
 DONE_AGAIN = 8  # for their gradient
 FORWARDS = 3  # that training on a sequence costs
-COST = 6 * LOOKED_AT + 2 * FORWARDS * DONE_AGAIN  # of a look, in forward passes of one sequence
+COST = 1.25 * (
+    6 * LOOKED_AT + 2 * FORWARDS * DONE_AGAIN
+)  # of a look, as measured with what is around the passes
 KEPT_ROUNDS = 2  # after which a look has become too old
 LIMIT = 4.0  # of a score
 
@@ -52,10 +55,12 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Share:
-    """What somebody trained on in a round, as far as it matters: x and y [1, T] each."""
+    """What somebody trained on in a round, as far as it matters: x and y."""
 
-    sample: Sequence[Batch]
-    first: Sequence[Batch]
+    sample: Batch
+    """[LOOKED_AT, T]"""
+    first: Batch
+    """[DONE_AGAIN, T]"""
 
 
 @dataclass(frozen=True)
@@ -184,8 +189,13 @@ class Recheck:
         found: dict[int, Batch] = {}
         for step, (x, y) in zip(range(max(wanted) // size + 1), batches):
             rows = ((step * size + row, row) for row in range(size))
-            found.update((place, (x[row, None], y[row, None])) for place, row in rows if place in wanted)
-        return Share([found[place] for place in sample], [found[place] for place in places[:DONE_AGAIN]])
+            found.update((place, (x[row], y[row])) for place, row in rows if place in wanted)
+
+        def stacked(chosen: Sequence[int]) -> Batch:
+            xs, ys = zip(*(found[place] for place in chosen))
+            return torch.stack(xs), torch.stack(ys)
+
+        return Share(stacked(sample), stacked(places[:DONE_AGAIN]))
 
     # ------------------------------------------------------------------ looking
 
@@ -200,7 +210,11 @@ class Recheck:
         if evidence is None:
             reason, found = self._suspicions.missed(peer_id), {"missed": 1.0}
         else:
-            look = self._look(case, evidence)
+            try:
+                look = self._look(case, evidence)
+            except torch.OutOfMemoryError:
+                self._share = 0.0
+                return self._report.say("This machine has too little memory to try out others' updates.")
             reason, found = self._suspicions.note(peer_id, look), look.rounded()
         self._report.metrics.write(
             "recheck", round=case.training.round, peer=peer_id, **found, accused=reason
@@ -220,7 +234,10 @@ class Recheck:
         kept = self._local.flat.clone()
         try:
             with evaluating(self._model):
-                sequences = [*theirs.sample, *ours.sample]
+                sequences = (
+                    torch.cat((theirs.sample[0], ours.sample[0])),
+                    torch.cat((theirs.sample[1], ours.sample[1])),
+                )
                 now = self._losses(theta, sequences)
                 gain = now - self._losses(theta + mean - update, sequences)
                 own_gain = now - self._losses(theta + mean - own, sequences)
@@ -244,31 +261,33 @@ class Recheck:
         return _flat(codec.decode([alone]))
 
     @torch.no_grad()
-    def _losses(self, theta: Tensor, sequences: Sequence[Batch]) -> Tensor:
+    def _losses(self, theta: Tensor, sequences: Batch) -> Tensor:
         """[sequences] of theta [num_params]."""
         self._local.flat.copy_(theta)
-        return torch.stack([self._loss(x, y).double().cpu() for x, y in sequences])
+        return torch.cat([self._each(x, y).double().cpu() for x, y in _passes(sequences)])
 
-    def _likeness(self, theta: Tensor, sequences: Sequence[Batch], update: Tensor) -> float:
+    def _likeness(self, theta: Tensor, sequences: Batch, update: Tensor) -> float:
         """Cosine of an update [num_params] with Adam's first step from theta, where the update is not 0."""
         self._local.flat.copy_(theta)
         parameters = [p for p in self._model.parameters() if p.requires_grad]
         total = torch.zeros_like(update)
-        for x, y in sequences:
-            gradients = torch.autograd.grad(self._loss(x, y), parameters, allow_unused=True)
-            pieces = [
+        for x, y in _passes(sequences):
+            gradients = torch.autograd.grad(self._each(x, y).sum(), parameters, allow_unused=True)
+            known = (
                 torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)
-            ]
-            total += _flat([piece.float().cpu() for piece in pieces])
+            )
+            total += _flat([gradient.float().cpu() for gradient in known])
         step = total.sign() * (update != 0)
         return float(step @ update / (step.norm() * update.norm()).clamp(min=1e-30))
 
-    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+    def _each(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean loss of each sequence [B] of x and y [B, T]."""
         device = self._local.flat.device
         precision = choose_precision("auto", device)  # without a scaler, small gradients vanish in fp16
         with autocast(device, "fp32" if precision == "fp16" else precision):
-            loss: Tensor = self._model(x.to(device), y.to(device))
-        return loss
+            logits = self._model(x.to(device))
+        losses = functional.cross_entropy(logits.float().transpose(1, 2), y.to(device), reduction="none")
+        return losses.mean(dim=1)
 
     def close(self) -> None:
         """Ask no more."""
@@ -281,6 +300,13 @@ def score(given: Tensor, other: Tensor) -> float:
     error = torch.sqrt(given.var() / len(given) + other.var() / len(other))
     found = float((given.mean() - other.mean()) / error.clamp(min=1e-30))
     return max(-LIMIT, min(LIMIT, found)) if math.isfinite(found) else -LIMIT
+
+
+def _passes(sequences: Batch) -> Iterator[Batch]:
+    """As many sequences at a time as an evaluation takes."""
+    x, y = sequences
+    size = max(1, EVAL_TOKENS // x.shape[1])
+    return zip(torch.split(x, size), torch.split(y, size))
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
