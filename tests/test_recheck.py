@@ -20,7 +20,7 @@ from dtrain.trainer.recheck import LOOKED_AT, Recheck
 from dtrain.trainer.worker import Worker
 
 MANY = (
-    ("workers = 3", "workers = 9"),
+    ("workers = 3", "workers = 7"),
     ("batch_size = 2", "batch_size = 4\nlr = 2e-2"),
     ("inner_steps = 3", "inner_steps = 5"),
 )
@@ -45,16 +45,16 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str,
 def test_who_trains_on_wrong_data_is_accused_and_put_out(
     tmp_path: Path, looks: list[tuple[str, dict[str, Any]]]
 ) -> None:
-    """Two of nine, whom the screen does not see; the others are unequal and newcomers join, and none of them is out."""
+    """Two of seven, whom the screen does not see; the others are unequal, newcomers join, and none of them is out."""
     more = (
         ALWAYS + "[attack]\nkind = 'wrong-data'\nattackers = 2\n"
-        "[machines]\nspeeds = [0.8, 1, 1.5]\n[exchange]\nround_tokens = 5760\n[churn]\njoins_per_hour = 120\n"
+        "[machines]\nspeeds = [0.8, 1, 1.5]\n[exchange]\nround_tokens = 4480\n[churn]\njoins_per_hour = 120\n"
     )
-    steps = (("steps = 12", "steps = 120"), ("eval_every_steps = 6", "eval_every_steps = 120"))
+    steps = (("steps = 12", "steps = 100"), ("eval_every_steps = 6", "eval_every_steps = 100"))
     row, _ = simulated(only_run(write_file(tmp_path, more, (*MANY, *steps))))
     assert row["attackers_out"] == 2 and "accused" in row["attackers_out_for"]
-    assert row["honest_out_rounds"] == 0 and row["honest_rounds"] > 120 and row["digests_equal"]
-    hostile = {"worker-0008", "worker-0009"}
+    assert row["honest_out_rounds"] == 0 and row["honest_rounds"] > 90 and row["digests_equal"]
+    hostile = {"worker-0006", "worker-0007"}
     accused = {fields["peer"] for name, fields in looks if fields["accused"] and name not in hostile}
     assert accused and accused <= hostile
 

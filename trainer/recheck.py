@@ -35,7 +35,7 @@ from dtrain.trainer.delivery import Training
 from dtrain.trainer.exchange import Exchange, Outcome
 from dtrain.trainer.feed import Feed
 from dtrain.trainer.flat import FlatParameters
-from dtrain.trainer.inner import DELTA, EVAL_TOKENS, evaluating
+from dtrain.trainer.inner import DELTA, evaluating
 from dtrain.trainer.manifest import Manifest
 from dtrain.trainer.outer_loop import OuterLoop
 from dtrain.trainer.reporting import Reporter
@@ -49,6 +49,7 @@ COST = 1.25 * (
 )  # of a look, as measured with what is around the passes
 KEPT_ROUNDS = 2  # after which a look has become too old
 LIMIT = 4.0  # of a score
+PASS_TOKENS = 1024  # at a time: all their logits are there at once
 
 Batch = tuple[Tensor, Tensor]
 
@@ -303,9 +304,9 @@ def score(given: Tensor, other: Tensor) -> float:
 
 
 def _passes(sequences: Batch) -> Iterator[Batch]:
-    """As many sequences at a time as an evaluation takes."""
+    """Some sequences at a time."""
     x, y = sequences
-    size = max(1, EVAL_TOKENS // x.shape[1])
+    size = max(1, PASS_TOKENS // x.shape[1])
     return zip(torch.split(x, size), torch.split(y, size))
 
 
