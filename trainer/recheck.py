@@ -32,6 +32,7 @@ from dtrain.trainer.clock import Clock
 from dtrain.trainer.compute import autocast, choose_precision
 from dtrain.trainer.data import Data
 from dtrain.trainer.delivery import Training
+from dtrain.trainer.estimate import free_memory_bytes
 from dtrain.trainer.exchange import Exchange, Outcome
 from dtrain.trainer.feed import Feed
 from dtrain.trainer.flat import FlatParameters
@@ -50,6 +51,7 @@ COST = 1.25 * (
 KEPT_ROUNDS = 2  # after which a look has become too old
 LIMIT = 4.0  # of a score
 PASS_TOKENS = 1024  # at a time: all their logits are there at once
+NEEDED = 10  # times theta, of free memory: what a look takes for a moment
 
 Batch = tuple[Tensor, Tensor]
 
@@ -118,6 +120,8 @@ class Recheck:
         """A round is applied, with our own part in it: perhaps ask one of the others for its update, in another
         thread."""
         if self._share == 0 or self._pending is not None or len(outcome.members) < MIN_MEMBERS:
+            return
+        if free_memory_bytes() < NEEDED * self._outer.state.theta_flat.nbytes:
             return
         steps, train = self._steps(outcome), self._manifest.train
         others = sorted(steps.keys() - {self._exchange.peer_id})
