@@ -22,6 +22,7 @@ from hivemind.utils import get_dht_time
 
 from dtrain.compression.codec import Codec
 from dtrain.compression.residual import Piece
+from dtrain.compression.standing import Observations
 from dtrain.dht.faults import FaultPlan, spoil_hello
 from dtrain.dht.groups import Groups
 from dtrain.dht.heartbeats import Heartbeats
@@ -79,11 +80,14 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         self._reach, self._door = reach, door
         # Told of each round that came about: whose contributions count in it, by tokens.
         self.on_round: Callable[[int, dict[str, float]], None] = lambda round, weights: None
+        # Told of each round that was run with others, and of those whose compressed sums count.
+        self.on_group: Callable[[RoundRunner], None] = lambda runner: None
         self.on_sums: Callable[[RoundRunner, RoundRecord], None] = lambda runner, record: None
         # Told of peers that have come to a round on another theta than ours.
         self.on_split: Callable[[int, list[str]], None] = lambda round, peers: None
         self.schema_hash = terms.manifest_hash  # peers of another manifest are refused while matchmaking
         self.history = RoundHistory()
+        self.observations = Observations()  # of the others
         self._groups = Groups()
         self._faults = faults
         self.residual = residual
@@ -173,6 +177,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         await self._groups.add(runner)
         with self._donor.upload.round_under_way():
             await runner.run()
+        self.on_group(runner)
         self._uplink.measure(runner.uploads)
         for reason in runner.refused.values():
             self._door.count(f"update-{reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -11,11 +12,13 @@ from typing import Any
 
 from dtrain.dht import ipc
 from dtrain.dht.address_book import AddressBook
+from dtrain.dht.hand_overs import HandOvers
 from dtrain.dht.outcome import Outcome, PeerView, outcome_of
 from dtrain.dht.peer_settings import PeerSettings
 from dtrain.dht.process import RESTART_PAUSE_S, ConnectionLost, ExchangeError, NetworkProcess
 from dtrain.dht.running_counts import RunningCounts
 from dtrain.dht.state_files import Provider, State, StateFiles, Watch
+from dtrain.dht.terms import run_prefix
 from dtrain.dht.tokens import reason_text
 
 CONNECT_TIMEOUT_S = 60.0
@@ -37,9 +40,8 @@ class DhtExchange:
         self._state_files = StateFiles(settings.identity.parent / "transfer")
         self._status: dict[str, Any] | None = None
         self._run: dict[str, Any] = {}
-        self._released: list[tuple[int, int, bytes]] = []  # see release_residual
-        self._num_handed = 0  # hand-overs that have reached this process
-        self._num_saved: int | None = None  # and a checkpoint, once the worker has said so
+        self._handed = HandOvers()
+        self._accused: dict[str, int] = {}  # in which round
         self._closing, self._open = threading.Event(), threading.Event()
         self._heartbeat_ttl_s = 0.0
         self.peer_id = ""
@@ -81,10 +83,7 @@ class DhtExchange:
     def limit(self, *, up_mbps: float, down_mbps: float) -> None:
         """Keep traffic to these megabits per second from now on, also over restarts of the network process."""
         self._rates = {"up_mbps": up_mbps, "down_mbps": down_mbps}
-        try:
-            self.process.tell("limit", **self._rates)
-        except ConnectionLost:
-            pass  # said again when the network process is back
+        self._tell("limit", **self._rates)
 
     def find_manifests(self, run_id: str) -> list[bytes]:
         """Signed manifests that peers have published under this run id, unchecked."""
@@ -166,8 +165,10 @@ class DhtExchange:
         self.connect()
         self.limit(**self._rates)
         self._enter_run()
-        if self._num_saved is not None:
-            self.process.command("residual_saved", saved=self._num_saved, held=self._num_handed)
+        if self._handed.num_saved is not None:
+            self.process.command("residual_saved", **self._handed.told())
+        for peer_id, round in list(self._accused.items()):
+            self._tell("accuse", peer_id=peer_id, round=round)
         if self._status is not None:
             self.announce(self._status)  # reach and address may be others now
         self._open.set()
@@ -179,12 +180,14 @@ class DhtExchange:
             self._announce()
 
     def _announce(self) -> None:
-        if self._status is None:
-            return
+        if self._status is not None:
+            self._tell("announce", status=self._status)
+
+    def _tell(self, name: str, **args: Any) -> None:
         try:
-            self.process.tell("announce", status=self._status)
+            self.process.tell(name, **args)
         except ConnectionLost:
-            pass  # said again when the network process is back
+            pass  # what matters is said again when the network process is back
 
     def _hear(self, message: ipc.Message) -> None:
         if message["event"] == "swarm":
@@ -218,10 +221,7 @@ class DhtExchange:
         self._announce()
 
     def post(self, topic: str, note: bytes) -> None:
-        try:
-            self.process.tell("post", topic=topic, note=note)
-        except ConnectionLost:
-            pass  # the next note says it all
+        self._tell("post", topic=topic, note=note)
 
     def posted(self, topic: str) -> dict[str, bytes]:
         """Everybody's note under a topic by peer id, unchecked. Raises ExchangeError."""
@@ -238,22 +238,14 @@ class DhtExchange:
     def release_residual(self, *, all: bool) -> tuple[int, Sequence[tuple[int, int, bytes]]]:
         if all:
             try:
-                self._hand_over(self.process.command("release_residual"))
+                self._handed.hear(self.process.command("release_residual"))
             except ExchangeError:
                 pass  # it stays on the disk
-        released, self._released = self._released, []
-        return self._num_handed, [(first, count, values) for first, count, values in released]
-
-    def _hand_over(self, answer: dict[str, Any]) -> None:
-        self._released += answer.pop("released")
-        self._num_handed = answer.pop("num_handed")
+        return self._handed.take()
 
     def residual_saved(self, number: int) -> None:
-        if self._num_saved is None:  # the worker begins, with nothing in its memory but its checkpoint
-            self._num_handed = number
-        self._num_saved = number
         try:
-            self.process.command("residual_saved", saved=number, held=self._num_handed)
+            self.process.command("residual_saved", **self._handed.saved(number))
         except ExchangeError:
             pass  # said again when the network process is back
 
@@ -267,7 +259,7 @@ class DhtExchange:
         while True:
             try:
                 answer = self.process.command("run_round", timeout_s=self._round_limit_s, **contribution)
-                self._hand_over(answer)
+                self._handed.hear(answer)
                 return outcome_of(round, answer)
             except ConnectionLost as error:
                 self._closing.wait(RESTART_PAUSE_S)
@@ -275,6 +267,18 @@ class DhtExchange:
                     return Outcome("no-group", round, problem=str(error))
             except ExchangeError as error:
                 return Outcome("no-group", round, problem=str(error))
+
+    def accuse(self, peer_id: str, reason: str) -> None:
+        logging.warning("%s is accused: %s", peer_id, reason)
+        self._accused[peer_id] = int((self._status or {}).get("round", 0))
+        self._tell("accuse", peer_id=peer_id, round=self._accused[peer_id])
+
+    def fetch_contribution(self, peer_id: str, round: int) -> bytes | None:
+        try:
+            payload: bytes | None = self.process.command("fetch_contribution", peer_id=peer_id, round=round)
+            return payload
+        except ExchangeError:
+            return None
 
     def fetch_round(self, round: int) -> Outcome | None:
         try:
@@ -323,8 +327,3 @@ class DhtExchange:
         self._closing.set()
         self._open.set()
         self.process.close()
-
-
-def run_prefix(run_id: str, manifest_hash: bytes) -> str:
-    """What the run's DHT keys begin with."""
-    return f"dtrain-{run_id}-{manifest_hash[:8].hex()}"

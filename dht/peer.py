@@ -23,6 +23,7 @@ from dtrain.dht.archive_desk import ArchiveDesk
 from dtrain.dht.audits import open_audits
 from dtrain.dht.averager import SwarmAverager
 from dtrain.dht.connection import attach
+from dtrain.dht.contributions import open_contributions
 from dtrain.dht.credit_file import FILE as CREDIT_FILE
 from dtrain.dht.distance import Probe, measure_any
 from dtrain.dht.door import entry_of
@@ -38,6 +39,7 @@ from dtrain.dht.passed_rounds import no_rounds
 from dtrain.dht.reachability import CLIENT, DIRECT, Witness
 from dtrain.dht.receipts import Receipts
 from dtrain.dht.streams import StreamError, in_background
+from dtrain.dht.swarm_view import view_of
 from dtrain.dht.terms import RunTerms
 from dtrain.dht.transfer import StateTransfer
 from dtrain.dht.transport import Traffic, TransportError, patch_hivemind
@@ -48,7 +50,7 @@ from dtrain.dht.worker_line import WorkerLine
 COMMANDS = {
     *("connect", "distance", "find_manifests", "publish", "prepare", "open_run", "limit", "observe"),
     *("announce", "post", "read_notes", "run_round", "release_residual", "residual_saved"),
-    *("fetch_round", "fetch_state", "revoke", "archive"),
+    *("fetch_round", "fetch_state", "revoke", "archive", "accuse", "fetch_contribution"),
 }
 REFUSALS = (TransportError, IdentityError, StreamError, NoSpace)  # their texts are for the user
 SHOW_PERIOD_S = 0.25
@@ -165,7 +167,9 @@ class NetworkPeer:
             door=self._heartbeats,
         )
         await self._averager.open(self._p2p)
-        await open_audits(self._p2p, self._identity, self._averager, self._heartbeats, faults)
+        opened = self._p2p, self._identity, self._averager, self._heartbeats
+        self._contributions = await open_contributions(*opened)
+        await open_audits(*opened, faults)
         self._receipts = Receipts(
             self._p2p,
             self._identity,
@@ -264,6 +268,16 @@ class NetworkPeer:
         await self._opened.wait()
         return await self._rounds.fetch(args["round"])
 
+    async def accuse(self, args: Args) -> None:
+        """The worker has found a peer's work to be bad, when it was at a round."""
+        if self._opened.is_set():
+            self._averager.observations.accuse(args["peer_id"], args["round"])
+
+    async def fetch_contribution(self, args: Args) -> bytes | None:
+        """A member's payload of one of the last rounds, as that member shows it."""
+        await self._opened.wait()
+        return await self._contributions.fetch(args["peer_id"], args["round"])
+
     async def fetch_state(self, args: Args) -> Args | None:
         """Download the swarm's state into a file, whose path is in the reply; the worker removes it."""
         await self._opened.wait()
@@ -290,15 +304,7 @@ class NetworkPeer:
             await asyncio.sleep(SHOW_PERIOD_S)
 
     def _show_swarm(self) -> None:
-        now, others = get_dht_time(), self._heartbeats.others()
-        believed = {record.peer_id for record in self._heartbeats.ahead()}
-        own = float(self._heartbeats.status.get("work", 0.0))
-        peers = [
-            [r.peer_id, dict(r.status), now - r.heard, r.work <= own or r.peer_id in believed] for r in others
-        ]
-        traffic = {"up": self._traffic.up, "down": self._traffic.down, "wire": self._traffic.wire_bytes}
-        said = self._heartbeats.refusals()
-        self._worker.send({"event": "swarm", "peers": peers, "traffic": traffic, **said})
+        self._worker.send({"event": "swarm", **view_of(self._heartbeats, self._traffic)})
 
     async def _clean_up(self) -> None:
         """Say goodbye if there is time, end the daemon, remove every file of ours."""

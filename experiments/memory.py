@@ -92,6 +92,22 @@ class MemoryExchange:
     def residual_saved(self, number: int) -> None:
         """See `Exchange`."""
 
+    def accuse(self, peer_id: str, reason: str) -> None:
+        """See `Exchange`."""
+        with self._swarm.changed:
+            peer = self._swarm.peer(self._peer_id)
+            peer.observations.accuse(peer_id, peer.position)
+
+    def fetch_contribution(self, peer_id: str, round: int) -> bytes | None:
+        """See `Exchange`. Signatures are not needed where nobody can show another payload than it sent."""
+        with self._swarm.changed:
+            others, own = self._swarm.others(self._peer_id), self._swarm.peer(self._peer_id)
+            sent = others[peer_id].sent.get(round) if peer_id in others else None
+        if sent is None or round not in own.sent:
+            return None
+        self._transfer(peer_id, len(sent))
+        return sent
+
     def fetch_round(self, round: int) -> Outcome | None:
         """See `Exchange`. Of several histories, the one that most workers share."""
         with self._swarm.changed:

@@ -6,8 +6,11 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from dtrain.compression.standing import Observations
 from dtrain.experiments.memory_round import Reduced
 from dtrain.trainer.exchange import Provider
+
+SENT_ROUNDS = 2  # whose payloads a worker can still show
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class MemoryPeer:
     """The round it stands at by the outcome of its last one, which its next announcement will say."""
     provider: Provider | None = None
     history: OrderedDict[int, MemoryOutcome] = field(default_factory=OrderedDict)
+    sent: OrderedDict[int, bytes] = field(default_factory=OrderedDict)
+    """Its payloads of the newest rounds that it was in, by round."""
+    observations: Observations = field(default_factory=Observations)
     notes: dict[str, bytes] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
@@ -45,6 +51,12 @@ class MemoryPeer:
     @property
     def state(self) -> str:
         return str(self.status.get("state", "joining"))
+
+    def contributed(self, round: int, payload: bytes) -> None:
+        """It has sent this."""
+        self.sent[round] = payload
+        while len(self.sent) > SENT_ROUNDS:
+            self.sent.popitem(last=False)
 
     @property
     def work(self) -> float:

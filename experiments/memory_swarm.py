@@ -277,19 +277,27 @@ class MemorySwarm:
                 for name, verdict in verdicts.items()
             }
             meeting.outcomes = outcomes | {name: fill(outcomes[name], name, names, reduced) for name in names}
-            self._remember(meeting, round, names, reduced)
+            self._remember(meeting, round, names, reduced, entries)
         finally:
             with self.changed:
                 meeting.finished = True
                 self.changed.notify_all()
 
-    def _remember(self, meeting: _Meeting, round: int, names: Sequence[str], reduced: Reduced) -> None:
+    def _remember(
+        self,
+        meeting: _Meeting,
+        round: int,
+        names: Sequence[str],
+        reduced: Reduced,
+        entries: Mapping[str, Contribution],
+    ) -> None:
         with self.changed:
             for name in names:
                 peer = self._peers.get(name)
                 if peer is None:  # left while the round ran
                     continue
                 peer.next_round = round + 1
+                peer.contributed(round, entries[name].payload)
                 peer.bytes_up += reduced.bytes_up[name]
                 peer.bytes_down += reduced.bytes_down[name]
                 peer.history[round] = meeting.outcomes[name]

@@ -198,6 +198,20 @@ class Exchange(Protocol):
         worker's to deliver as a reducer again.
         """
 
+    def accuse(self, peer_id: str, reason: str) -> None:
+        """Tell the other members that we have found a peer's work to be bad (never blocks); it lasts 30 rounds.
+
+        `reason` is one short word. Of how many it takes to put a member out: `compression/standing.py`.
+        """
+
+    def fetch_contribution(self, peer_id: str, round: int) -> bytes | None:
+        """The whole payload that another member of `round` sent in it, handed over by itself, checked as any payload
+        and signed by it as what it sent.
+
+        It is there for the newest two rounds, and to each member once. None when it cannot be had: it is gone, cannot
+        be dialled, or shows what it has not signed. One that has signed something else for us is accused of it.
+        """
+
     def fetch_round(self, round: int) -> Outcome | None:
         """Get the aggregates of a past round from any peer that still has them, to catch up without a download."""
 
