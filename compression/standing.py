@@ -15,12 +15,14 @@ to four say too little about each other.
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dtrain.compression.belief import enough
-from dtrain.compression.screen import MIN_MEMBERS
+from dtrain.compression.codec import Codec
+from dtrain.compression.screen import MIN_MEMBERS, WEIGHT_LIMIT
 from dtrain.compression.verdicts import OUT_ROUNDS
 
 PROBATION = 5  # rounds
@@ -28,8 +30,7 @@ FIRST_SHARE = 0.25
 REMEMBERED = 30  # rounds that are looked back: who was away for longer is new again
 MAX_PEERS = 4096
 MIN_GROUPS = 3  # of origins: of two, nobody can say which one is too many
-ACCUSED = "accused"
-"""Why a member is put out, beside those of wire.REFUSALS."""
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ NOTHING = Said()
 
 
 @dataclass(frozen=True)
-class Testimony:
+class Statement:
     """What one member says."""
 
     of: Mapping[str, Said] = field(default_factory=dict)
@@ -63,7 +64,7 @@ class Candidate:
     peer_id: str
     weight: float
     """Tokens."""
-    testimony: Testimony = Testimony()
+    statement: Statement = Statement()
     origin: bytes = b""
     """Of its right to be here, as nobody can doubt it (a token); b"" where the others say which network it is of."""
 
@@ -72,14 +73,15 @@ class Observations:
     """What one member has seen of the others in the last rounds."""
 
     def __init__(self) -> None:
-        self._counted: OrderedDict[int, frozenset[str]] = OrderedDict()
+        self._counted: dict[int, list[str]] = {}
+        self._rounds: Counter[str] = Counter()  # in those, by peer id
         self._accused: OrderedDict[str, int] = OrderedDict()  # until which round
 
-    def note(self, round: int, contributors: Iterable[str]) -> None:
-        """Whose contributions count in a round, by its checked aggregates."""
-        self._counted[round] = frozenset(contributors)
-        while len(self._counted) > REMEMBERED:
-            del self._counted[min(self._counted)]
+    def note(self, round: int, counted: Iterable[str]) -> None:
+        """Whose contributions count in a round; see `counted`."""
+        if round not in self._counted:
+            self._counted[round] = list(counted)
+            self._rounds.update(self._counted[round])
 
     def accuse(self, peer_id: str, round: int) -> None:
         """In that round a peer's work was found to be bad."""
@@ -87,12 +89,13 @@ class Observations:
         while len(self._accused) > MAX_PEERS:
             self._accused.popitem(last=False)
 
-    def of(self, peers: Collection[str], round: int, networks: Mapping[str, bytes]) -> dict[str, Said]:
+    def of(self, peers: Iterable[str], round: int, networks: Mapping[str, bytes]) -> dict[str, Said]:
         """What there is to say of these peers before a round."""
-        recent = [seen for number, seen in self._counted.items() if round - REMEMBERED <= number < round]
+        for number in [number for number in self._counted if not round - REMEMBERED <= number < round]:
+            self._rounds.subtract(self._counted.pop(number))
         said = {
             peer: Said(
-                min(PROBATION, sum(peer in seen for seen in recent)),
+                min(PROBATION, self._rounds[peer]),
                 networks.get(peer, b""),
                 self._accused.get(peer, -1) >= round,
             )
@@ -101,39 +104,53 @@ class Observations:
         return {peer: words for peer, words in said.items() if words != NOTHING}
 
 
+def counted(codec: Codec, members: Sequence[str], aggregates: Sequence[bytes]) -> list[str]:
+    """Members whose contributions are in most of a round's checked aggregates."""
+    inside = Counter(members[index] for aggregate in aggregates for index, _ in codec.contributors(aggregate))
+    return [peer for peer, number in inside.items() if 2 * number > len(aggregates)]
+
+
 # ---------------------------------------------------------------------- what a group makes of it
 
 
-def accused(candidates: Sequence[Candidate]) -> set[str]:
-    """Who is put out of the round, those with the most accusers first; ties go to the smaller peer id."""
+def accused(candidates: Sequence[Candidate]) -> list[str]:
+    """Who is put out of the round, those with the most accusers first; of equal ones the smaller peer ids."""
     if len(candidates) < MIN_MEMBERS:
-        return set()
-    out = _middle([candidate.testimony.num_out for candidate in candidates])
+        return []
+    out = _middle([candidate.statement.num_out for candidate in candidates])
     most = max(0, (len(candidates) + out) // 3 - out)
     accusers = {c.peer_id: sum(said.accuses for said in _said_of(c, candidates)) for c in candidates}
     guilty = [peer for peer, number in accusers.items() if number >= enough(len(candidates))]
-    return set(sorted(guilty, key=lambda peer: (-accusers[peer], peer))[:most])
+    return sorted(guilty, key=lambda peer: (-accusers[peer], peer))[:most]
 
 
-def counts(candidates: Sequence[Candidate], max_share: float) -> dict[str, float]:
-    """By peer id, what counts of everybody's weight; all of it where all are alike.
+def shares(candidates: Sequence[Candidate], max_share: float) -> dict[str, float]:
+    """By peer id, for how much of its weight everybody counts; 1 where all are alike.
 
-    max_share: of all that counts, at most for members of one origin; 1 = there is no limit.
+    A weight is looked at up to WEIGHT_LIMIT times the median, as the screen does. max_share: of all that counts, at
+    most for the members of one origin; 1 = there is no limit.
     """
-    weights = {candidate.peer_id: candidate.weight for candidate in candidates}
     if len(candidates) < MIN_MEMBERS:
-        return weights
-    known = {c.peer_id: _middle([said.rounds for said in _said_of(c, candidates)]) for c in candidates}
-    factors = {peer: FIRST_SHARE + (1 - FIRST_SHARE) * rounds / PROBATION for peer, rounds in known.items()}
-    most = max(factors.values())
-    found = {peer: weight * (factors[peer] / most) for peer, weight in weights.items()}
-    return _limited(found, _origins(candidates), max_share)
+        return {candidate.peer_id: 1.0 for candidate in candidates}
+    weights = {candidate.peer_id: candidate.weight for candidate in candidates}
+    most_weight = WEIGHT_LIMIT * statistics.median(weights.values())
+    rounds = {c.peer_id: _middle([said.rounds for said in _said_of(c, candidates)]) for c in candidates}
+    trust = {peer: FIRST_SHARE + (1 - FIRST_SHARE) * number / PROBATION for peer, number in rounds.items()}
+    most_trust = max(trust.values())
+    found = {
+        peer: min(1.0, most_weight / weight) * (trust[peer] / most_trust) for peer, weight in weights.items()
+    }
+    for group, factor in _limits(
+        {peer: weights[peer] * found[peer] for peer in weights}, _origins(candidates), max_share
+    ):
+        found.update((peer, found[peer] * factor) for peer in group)
+    return found
 
 
 def _said_of(candidate: Candidate, candidates: Sequence[Candidate]) -> list[Said]:
     """By the others, of whom some may say nothing."""
     peer = candidate.peer_id
-    return [other.testimony.of.get(peer, NOTHING) for other in candidates if other.peer_id != peer]
+    return [other.statement.of.get(peer, NOTHING) for other in candidates if other.peer_id != peer]
 
 
 def _middle(values: Sequence[int]) -> int:
@@ -144,49 +161,42 @@ def _middle(values: Sequence[int]) -> int:
 def _origins(candidates: Sequence[Candidate]) -> list[list[str]]:
     """Peer ids of the members of each origin; whose origin is not known has one of its own.
 
-    A network that a third of the members or less says may be the word of liars.
+    A network that a third of the members or less name may be the word of liars.
     """
     groups: dict[bytes, list[str]] = {}
     for candidate in candidates:
-        origin = candidate.origin
-        if not origin:
+        origin = b"token" + candidate.origin
+        if not candidate.origin:
             said = Counter(said.network for said in _said_of(candidate, candidates) if said.network)
-            ranked = sorted(said, key=lambda network: (-said[network], network))
-            is_known = bool(ranked) and said[ranked[0]] >= enough(len(candidates))
-            origin = b"network " + ranked[0] if is_known else b"peer " + candidate.peer_id.encode()
+            named = sorted(said, key=lambda network: (-said[network], network))
+            is_known = bool(named) and said[named[0]] >= enough(len(candidates))
+            origin = b"network" + named[0] if is_known else b"peer" + candidate.peer_id.encode()
         groups.setdefault(origin, []).append(candidate.peer_id)
     return list(groups.values())
 
 
-def _limited(weights: dict[str, float], groups: Sequence[list[str]], max_share: float) -> dict[str, float]:
-    """The same weights, with those of each group made smaller until it has at most that share of all.
+def _limits(
+    weights: Mapping[str, float], groups: Sequence[Sequence[str]], max_share: float
+) -> list[tuple[Sequence[str], float]]:
+    """Groups that have more than that share of all weights, and the factor that leaves them just that.
 
-    A single peer is no crowd: how much it may count is the screen's to say. A group of more than half of the members
+    One peer alone is no crowd: how much it may count is the screen's to say. A group of more than half of the members
     is the swarm itself, as in one house or with one invite for all: to limit it would hand the run to the few others.
+    Of two groups nobody can say which one is too many.
     """
-    sums = [math.fsum(weights[peer] for peer in group) for group in groups]
-    may_be_limited = [1 < len(group) <= len(weights) / 2 for group in groups]
     share = max(max_share, 1 / len(groups))
     if len(groups) < MIN_GROUPS or share >= 1:
-        return weights
-    limit = _level(
-        [total for total, limited in zip(sums, may_be_limited, strict=True) if limited],
-        math.fsum(sums),
-        share,
-    )
-    result = dict(weights)
-    for group, total, limited in zip(groups, sums, may_be_limited, strict=True):
-        if limited and total > limit:
-            result.update((peer, weights[peer] * (limit / total)) for peer in group)
-    return result
-
-
-def _level(sums: Sequence[float], total: float, share: float) -> float:
-    """To what the largest of `sums`, parts of `total`, must be cut for none to be more than `share` of what is left."""
-    level, left = math.inf, total
-    for number, largest in enumerate(sorted(sums, reverse=True)):
-        if share * number >= 1 or largest <= share * left / (1 - share * number):
+        return []
+    crowds = [group for group in groups if 1 < len(group) <= len(weights) / 2]
+    sums = {id(group): math.fsum(weights[peer] for peer in group) for group in crowds}
+    crowds.sort(key=lambda group: (-sums[id(group)], group[0]))
+    rest = math.fsum(weights.values())
+    level = math.inf
+    for number, group in enumerate(crowds):
+        largest = sums[id(group)]
+        if largest <= (1 + ROUNDING) * share * rest / (1 - share * number):
             break
-        left -= largest
-        level = share * left / (1 - share * (number + 1))
-    return level
+        inside = {peer for crowd in crowds[: number + 1] for peer in crowd}
+        rest = math.fsum(weight for peer, weight in weights.items() if peer not in inside)
+        level = share * rest / (1 - share * (number + 1))
+    return [(group, level / sums[id(group)]) for group in crowds if sums[id(group)] > level]

@@ -21,6 +21,8 @@ MIN_REDUCERS = 3
 WINDOW, BLATANT, TARDY = 10, 3, 6  # rounds
 OUT_ROUNDS = 30
 LATE = "late"
+ACCUSED = "accused"
+"""Why a member is put out, beside those of wire.REFUSALS."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Sentence:
     peer_id: str
     until: int
     reason: str
-    """One of wire.REFUSALS: the one that was given most often."""
+    """ACCUSED, or one of wire.REFUSALS: the one that was given most often."""
 
 
 class Verdicts:
@@ -58,6 +60,13 @@ class Verdicts:
                 self._until[peer] = round + OUT_ROUNDS
                 sentences.append(Sentence(peer, round + OUT_ROUNDS, self._reason(peer)))
         return sentences
+
+    def accused(self, round: int, peers: Sequence[str]) -> list[Sentence]:
+        """These are put out before a round because of what its members say (`standing.py`); who is out already is not
+        told again."""
+        new = [peer for peer in peers if self._until.get(peer, -1) <= round]
+        self._until.update(dict.fromkeys(new, round + OUT_ROUNDS))
+        return [Sentence(peer, round + OUT_ROUNDS, ACCUSED) for peer in new]
 
     def _condemn(self, members: Sequence[str], aggregates: Sequence[bytes]) -> dict[str, Counter[str]]:
         """By peer id: reasons that reducers gave, of those that most of them refused."""

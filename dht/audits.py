@@ -1,5 +1,5 @@
 """What a member answers about sums: for its own ones, for what it has seen, and to those who bring evidence; and whom
-it has nothing to do with any more because of that, or of the reducers' verdicts.
+it has nothing to do with any more because of that.
 """
 
 from __future__ import annotations
@@ -8,14 +8,12 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import astuple
 from typing import Any, AsyncIterator  # noqa: UP035  # hivemind recognizes streams by typing's AsyncIterator only
 
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
 
 from dtrain.compression.codec import Codec
-from dtrain.compression.verdicts import Verdicts
 from dtrain.dht import evidence as proofs
 from dtrain.dht.auditor import Auditor, Reports, Sums
 from dtrain.dht.averager import SwarmAverager
@@ -26,7 +24,6 @@ from dtrain.dht.history import RoundRecord
 from dtrain.dht.identity import Identity
 from dtrain.dht.rounds import RoundRunner
 from dtrain.dht.streams import Call, Header, StreamError, answer, first_header, read_blob
-from dtrain.dht.tokens import reason_text
 
 GUILTY_ROUNDS = 1000  # for which a peer that is proven to cheat stays out
 SILENT_ROUNDS = 10  # for which one has nothing to do with a peer that answers none of one's audits
@@ -181,22 +178,6 @@ async def open_audits(
             found.accused, found.setting.round + GUILTY_ROUNDS, proofs.reason_of(found)
         )
 
-    verdicts = Verdicts(codec)
-
-    def judged(runner: RoundRunner, record: RoundRecord) -> None:
-        members = [member.peer_id for member in runner.members]
-        sentences = verdicts.note(runner.setting.round, members, runner.aggregates)
-        for sentence in sentences:
-            peer_id, until, reason = astuple(sentence)
-            heartbeats.count(f"put-out-{reason}")
-            if peer_id != identity.peer_id:
-                heartbeats.outcasts.put_out(peer_id, until, f"put-out-{reason}")
-            logging.warning("%s is put out up to round %d: %s", peer_id, until, reason)
-        if sentences and identity.peer_id == min(set(members) - {s.peer_id for s in sentences}):
-            for sentence in sentences:  # once for all who watch
-                words = reason_text(f"put-out-{sentence.reason}")
-                record.problems.append(f"{sentence.peer_id} is put out up to round {sentence.until}: {words}")
-
     def silent(peer_id: str) -> None:
         until = int(heartbeats.status["round"]) + SILENT_ROUNDS
         heartbeats.outcasts.put_out(peer_id, until, "audit-unanswered")
@@ -222,7 +203,7 @@ async def open_audits(
         auditor=auditor,
         refuses=heartbeats.refuses,
         count=heartbeats.count,
-        on_round=judged,
+        on_round=averager.repute.judge,
     )
     await audits.open()
     averager.on_sums = audits.note

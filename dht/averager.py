@@ -22,7 +22,6 @@ from hivemind.utils import get_dht_time
 
 from dtrain.compression.codec import Codec
 from dtrain.compression.residual import Piece
-from dtrain.compression.standing import Observations
 from dtrain.dht.faults import FaultPlan, spoil_hello
 from dtrain.dht.groups import Groups
 from dtrain.dht.heartbeats import Heartbeats
@@ -32,6 +31,7 @@ from dtrain.dht.kept_residual import KeptResidual
 from dtrain.dht.matchmaking import RoundMatchmaking, Ticket
 from dtrain.dht.membership import Contribution, agree_on_members, pack_hello
 from dtrain.dht.reachability import CLIENT
+from dtrain.dht.repute import Repute
 from dtrain.dht.rounds import RoundRunner
 from dtrain.dht.state_donor import StateDonor
 from dtrain.dht.streams import answer, first_header, in_background
@@ -87,7 +87,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         self.on_split: Callable[[int, list[str]], None] = lambda round, peers: None
         self.schema_hash = terms.manifest_hash  # peers of another manifest are refused while matchmaking
         self.history = RoundHistory()
-        self.observations = Observations()  # of the others
+        self.repute = Repute(codec, terms, identity.peer_id, door)
         self._groups = Groups()
         self._faults = faults
         self.residual = residual
@@ -122,10 +122,10 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
         contribution = self._faults.update(self.codec, contribution, self.terms.run_tag)
         said = spoil_hello(contribution, self._faults.happen("matchmaking", contribution.round))
         patience_s = max(MIN_MATCHMAKING_S, self.terms.matchmaking_s)
+        words = await self.repute.words(self._p2p, contribution.round)
+        shown, mbps = self._door.own_pass, self._uplink.mbps
         ticket = Ticket(
-            data_for_gather=pack_hello(
-                said, reach=self._reach, mbps=self._uplink.mbps, shown=self._door.own_pass
-            ),
+            data_for_gather=pack_hello(said, reach=self._reach, mbps=mbps, shown=shown, **words),
             scheduled_time=now + patience_s,
             deadline=now + patience_s + 2 * MIN_MATCHMAKING_S,
         )
@@ -139,30 +139,26 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
     async def _aggregate_with_group(
         self, group: GroupInfo, *, contribution: Contribution, wait_s: float
     ) -> RoundRecord:
-        started = time.monotonic()
-        members = agree_on_members(
-            group.peer_ids, group.gathered, contribution.round, self.terms.max_weight, self._door.proves
-        )
-        ids = [member.peer_id for member in members]
-        ours = str(self.peer_id) in ids
-        self.on_split(
-            contribution.round,
-            [peer for peer in map(str, group.peer_ids) if peer not in ids] if ours else ids,
-        )
-        if not ours:
+        started, round = time.monotonic(), contribution.round
+        came = group.peer_ids, group.gathered, round, self.terms.max_weight
+        agreed = agree_on_members(*came, self._door.proves, self.repute.judging)
+        members, told = agreed.members, self.repute.hear(round, agreed)
+        ids, own = [member.peer_id for member in members], str(self.peer_id)
+        self.on_split(round, agreed.apart(own, list(map(str, group.peer_ids))))
+        if own not in ids:
             self._running_groups[group.group_id].cancel()
-            return RoundRecord(contribution.round, contribution.base_digest, ids, stale=True, wait_s=wait_s)
+            return RoundRecord(round, contribution.base_digest, ids, problems=told, stale=True, wait_s=wait_s)
         self.residual.forget()  # this round is the swarm's: no later one counted, nor did an earlier try at it
         self._parted += self.residual.part()
         recompress = len(members) > self.terms.exact_up_to
         runner = RoundRunner(
             codec=self.codec,
             run=self.terms.run_tag,
-            round=contribution.round,
+            round=round,
             base_digest=contribution.base_digest,
             group_id=group.group_id,
             members=members,
-            own_index=ids.index(str(self.peer_id)),
+            own_index=ids.index(own),
             payload=contribution.payload,
             identity=self._identity,
             residual=self.residual if recompress else None,
@@ -185,6 +181,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             self._door.count("left-out")
         self._faults.happen("before-report", contribution.round)
         record = runner.record(wait_s=wait_s, exchange_s=time.monotonic() - started)
+        record.problems.extend(told)
         if time.monotonic() > started + self.terms.round_timeout_s + LATE_S:
             record = await as_others_have_it(
                 record, str(self.peer_id), self.codec, self.fetch_round, runner.bears_out
@@ -196,6 +193,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             if recompress:
                 self.on_sums(runner, record)
             self.history.keep(record)
+            self.repute.note(record)
             inside = set(record.contributors)
             self.on_round(record.round, {m.peer_id: m.weight for m in members if m.peer_id in inside})
         return record

@@ -182,11 +182,6 @@ async def open_contributions(
 ) -> ContributionDesk:
     """Show what we contribute from now on to members that ask."""
     codec, terms = averager.codec, averager.terms
-
-    def accuse(peer_id: str, reason: str) -> None:
-        heartbeats.count(reason)
-        averager.observations.accuse(peer_id, int(heartbeats.status["round"]))
-
     contributions = Contributions(codec, identity)
     desk = ContributionDesk(
         p2p,
@@ -195,7 +190,7 @@ async def open_contributions(
         max_bytes=codec.max_payload_bytes(0, codec.num_chunks),
         timeout_s=terms.sender_timeout_s,
         refuses=heartbeats.refuses,
-        accuse=accuse,
+        accuse=averager.repute.accuse,
     )
     await desk.open()
     averager.on_group = contributions.note

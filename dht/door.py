@@ -103,6 +103,12 @@ class Door:
             return False
         return peer_id not in self._bound_by(decode_pass(blob).grant.key)
 
+    def origin(self, peer_id: str, blob: object) -> bytes:
+        """What a peer that proves its right has it from: the token, or the organizer's list; b"" where all may come."""
+        if self.admission.mode == OPEN:
+            return b""
+        return peer_id.encode() if self.admission.mode == LIST else decode_pass(blob).grant.key
+
     def count(self, reason: str) -> None:
         """Something was refused elsewhere for that reason."""
         self._counted(reason)

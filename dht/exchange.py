@@ -110,13 +110,14 @@ class DhtExchange:
         exact_up_to: int,
         max_weight: float,
         screens: bool = False,
+        max_share: float = 1.0,
         heartbeat_s: float,
         heartbeat_ttl_s: float,
         pieces: Sequence[int] = (),
         admission: Mapping[str, Any] | None = None,
     ) -> None:
-        """Begin to take part in a run. `manifest` is its signed form, handed to whoever asks for it; `pieces` are the
-        lengths in bytes of the pieces of the trainer's state (none: it gives none); `admission` as in `dht/door.py`."""
+        """Begin to take part in a run. `manifest` is its signed form, for whoever asks for it; `pieces` are the lengths
+        in bytes of the pieces of the trainer's state (none: it gives none); `admission` as in `dht/door.py`."""
         self._state_files.sweep()
         self._run = {
             "run_id": run_id,
@@ -137,6 +138,7 @@ class DhtExchange:
                 "exact_up_to": exact_up_to,
                 "max_weight": float(max_weight),
                 "screens": screens,
+                "max_share": max_share,
             },
             "heartbeat_s": heartbeat_s,
             "heartbeat_ttl_s": heartbeat_ttl_s,
@@ -236,18 +238,12 @@ class DhtExchange:
         return [replace(view, age_s=view.age_s + passed) for view in views]
 
     def release_residual(self, *, all: bool) -> tuple[int, Sequence[tuple[int, int, bytes]]]:
-        if all:
-            try:
-                self._handed.hear(self.process.command("release_residual"))
-            except ExchangeError:
-                pass  # it stays on the disk
+        if all and (answer := self._ask("release_residual")) is not None:  # else it stays on the disk
+            self._handed.hear(answer)
         return self._handed.take()
 
     def residual_saved(self, number: int) -> None:
-        try:
-            self.process.command("residual_saved", **self._handed.saved(number))
-        except ExchangeError:
-            pass  # said again when the network process is back
+        self._ask("residual_saved", **self._handed.saved(number))  # said again to a new network process
 
     def run_round(self, *, round: int, base_digest: bytes, payload: bytes, weight: float) -> Outcome:
         contribution = {
@@ -270,22 +266,23 @@ class DhtExchange:
 
     def accuse(self, peer_id: str, reason: str) -> None:
         logging.warning("%s is accused: %s", peer_id, reason)
-        self._accused[peer_id] = int((self._status or {}).get("round", 0))
-        self._tell("accuse", peer_id=peer_id, round=self._accused[peer_id])
+        self._accused[peer_id] = round = int((self._status or {}).get("round", 0))
+        self._tell("accuse", peer_id=peer_id, round=round)
 
     def fetch_contribution(self, peer_id: str, round: int) -> bytes | None:
-        try:
-            payload: bytes | None = self.process.command("fetch_contribution", peer_id=peer_id, round=round)
-            return payload
-        except ExchangeError:
-            return None
+        payload: bytes | None = self._ask("fetch_contribution", peer_id=peer_id, round=round)
+        return payload
 
     def fetch_round(self, round: int) -> Outcome | None:
+        answer = self._ask("fetch_round", round=round)
+        return None if answer is None else outcome_of(round, answer)
+
+    def _ask(self, name: str, **args: Any) -> Any:
+        """The command's answer, None if there is none."""
         try:
-            answer = self.process.command("fetch_round", round=round)
+            return self.process.command(name, **args)
         except ExchangeError:
             return None
-        return None if answer is None else outcome_of(round, answer)
 
     def fetch_state(self, watch: Watch) -> State | None:
         answer = self._fetch_state(watch)

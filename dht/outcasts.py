@@ -21,6 +21,11 @@ class Outcasts:
         while len(self._out) > MAX_OUTCASTS:
             self._out.popitem(last=False)
 
+    @property
+    def num_out(self) -> int:
+        """How many are out now."""
+        return sum(self._round() <= until for until, _ in self._out.values())
+
     def why(self, peer_id: str) -> str:
         """Why a peer is out, or ""."""
         until, why = self._out.get(peer_id, (-1, ""))

@@ -271,7 +271,7 @@ class NetworkPeer:
     async def accuse(self, args: Args) -> None:
         """The worker has found a peer's work to be bad, when it was at a round."""
         if self._opened.is_set():
-            self._averager.observations.accuse(args["peer_id"], args["round"])
+            self._averager.repute.observations.accuse(args["peer_id"], args["round"])
 
     async def fetch_contribution(self, args: Args) -> bytes | None:
         """A member's payload of one of the last rounds, as that member shows it."""

@@ -115,7 +115,7 @@ class SpanReducer:
 
     def _sum(self, arrived: Sequence[tuple[int, bytes, bytes]]) -> tuple[Stamp, bytes]:
         """The span's aggregate. What it leaves out of the sum is on our disk before anybody has the aggregate."""
-        sections = [(i, self._members[i].weight, section) for i, section, _ in arrived]
+        sections = [(i, self._members[i].counts, section) for i, section, _ in arrived]
         if self._screens:
             screened = screen(self._codec, sections, *self.span)
             sections = screened.sections

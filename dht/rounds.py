@@ -243,7 +243,7 @@ class RoundRunner:
             num_members=len(self.members),
         )
         for index, weight in self.codec.contributors(aggregate):
-            if weight > self.members[index].weight:  # less is a reducer's to decide
+            if weight > self.members[index].counts:  # less is a reducer's to decide
                 raise PayloadError("wrong-weight", f"weights {self.members[index].peer_id} by {weight}")
         reducer, union = self.members[j].peer_id, self.codec.union(aggregate)
         if (

@@ -36,13 +36,13 @@ class Setting:
     round: int
     base_digest: bytes
     group: bytes
-    members: tuple[tuple[str, float], ...]  # (peer id, weight in tokens) in canonical order
+    members: tuple[tuple[str, float], ...]  # (peer id, weight that counts) in canonical order
 
     @classmethod
     def of(
         cls, run: bytes, round: int, base_digest: bytes, group: bytes, members: Sequence[Member]
     ) -> Setting:
-        pairs = tuple((member.peer_id, float(member.weight)) for member in members)
+        pairs = tuple((member.peer_id, float(member.counts)) for member in members)
         return cls(run, round, base_digest, group, pairs)
 
     @cached_property

@@ -16,7 +16,8 @@ class RunTerms:
     sender_timeout_s: float
     exact_up_to: int
     max_weight: float  # tokens that one worker can be credited with per round
-    screens: bool = False  # whether reducers judge what they sum
+    screens: bool = False  # whether reducers judge what they sum, and members each other
+    max_share: float = 1.0  # of what counts, for members that come from one place
 
     @property
     def run_tag(self) -> bytes:

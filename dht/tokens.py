@@ -50,6 +50,7 @@ REASONS = {
     "put-out-against": "its updates pointed away from the others', round after round: is its data the run's?",
     "put-out-malformed": "what it sent broke the format, round after round: is its software altered, its memory bad?",
     "put-out-late": "what it sent came too late, round after round: is its uplink too slow for this run?",
+    "put-out-accused": "more than a third of the others found its work to be bad: is its data the run's?",
     "audit-unanswered": "the others asked this machine in vain what its sums were made of: is its uplink too slow?",
 }
 

@@ -58,8 +58,18 @@ class Boaster(MemoryExchange):
 class Attack:
     """What the attackers of one run do; `kind` is one of ATTACKS, or "" with no attackers."""
 
-    def __init__(self, codec: Codec, run: bytes, kind: str, attackers: Collection[str], seed: int):
+    def __init__(
+        self,
+        codec: Codec,
+        run: bytes,
+        kind: str,
+        attackers: Collection[str],
+        seed: int,
+        *,
+        one_network: bool = False,
+    ):
         self._codec, self._run, self._kind, self.attackers = codec, run, kind, frozenset(attackers)
+        self._one_network = one_network
         self._draw = torch.Generator().manual_seed(seed)
         self._first: dict[str, bytes] = {}  # payload of each attacker's first round
 
@@ -69,6 +79,10 @@ class Attack:
         if self._kind in REDUCERS:
             return Faults(sums=dict.fromkeys(self.attackers, REDUCERS[self._kind]))
         return Faults(late=self.attackers if self._kind == "slow-loris" else frozenset())
+
+    def network_of(self, name: str) -> bytes:
+        """Where a worker is; honest ones have a network each."""
+        return b"attackers" if self._one_network and name in self.attackers else name.encode()
 
     def exchange_of(self, swarm: MemorySwarm, name: str) -> MemoryExchange:
         """A worker's way into the swarm."""

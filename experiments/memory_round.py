@@ -117,6 +117,10 @@ class GroupReducer:
         self._residuals: dict[str, Residual] = {}
         self._spans: dict[str, tuple[int, int]] = {}
 
+    def put_out(self, round: int, accused: Sequence[str]) -> list[Sentence]:
+        """Before a round, because of what its members say."""
+        return self._judgement.accused(round, accused)
+
     def reduce(self, round: int, members: Sequence[Contribution]) -> Reduced:
         """Reduce the payloads of `members`, given in canonical order: each owns a span of equal share."""
         result = Reduced()

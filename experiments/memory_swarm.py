@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from dtrain.compression import standing
 from dtrain.compression.belief import Belief
 from dtrain.compression.codec import Codec
 from dtrain.experiments.memory_links import INSTANT, Links
@@ -23,6 +24,7 @@ from dtrain.experiments.memory_round import (
     Reduced,
     agree_on_digest,
 )
+from dtrain.experiments.memory_standing import Judges, Say
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
 from dtrain.trainer.exchange import ABSENT, ALONE, DONE, NO_GROUP, STALE
 from dtrain.trainer.manifest import Manifest
@@ -73,10 +75,12 @@ class MemorySwarm:
         observe: Callable[[int, Reduced], None] = lambda round, reduced: None,
         tamper: Tamper = lambda round, entries: entries,
         audits: bool = False,
+        network_of: Callable[[str], bytes] = str.encode,
+        say: Say = lambda name, said: said,
     ) -> None:
         """`changed` is what the workers wait on and must belong to `clock`; `links` say how long bytes take;
         `observe` sees what every round came to; `tamper` is what hostile members make of their contributions; with
-        `audits` the members audit each other's sums.
+        `audits` the members audit each other's sums; `network_of` and `say` as in `memory_standing.Judges`.
         """
         self.terms, self.clock, self.links = manifest.exchange, clock, links
         self.changed = changed or threading.Condition()
@@ -86,6 +90,7 @@ class MemorySwarm:
         self._out: dict[str, int] = {}  # put out, up to and including that round
         self._peers: dict[str, MemoryPeer] = {}
         self._meetings: dict[int, _Meeting] = {}
+        self._codec = codec
         self._reducer = GroupReducer(
             codec,
             manifest.run_tag,
@@ -96,6 +101,7 @@ class MemorySwarm:
             self.terms.screens,
             audits,
         )
+        self._judges = Judges(manifest, network_of, say)
         self._reducing = threading.Lock()
         self._started = False
 
@@ -268,14 +274,22 @@ class MemorySwarm:
         try:
             with self._reducing:
                 entries = self._tamper(round, {name: meeting.entries[name] for name in names})
-                reduced = self._reducer.reduce(round, list(entries.values()))
+                with self.changed:
+                    seen = {name: peer.observations for name, peer in self._peers.items()}
+                    num_out = sum(map(self._is_out, self._out))
+                    counted, accused = self._judges.judge(round, entries, seen, num_out)
+                reduced = self._reducer.reduce(round, list(counted.values()))
+                reduced.sentences += self._reducer.put_out(round, accused)
                 self._newest = max(self._newest, round)
                 self._out.update((sentence.peer_id, sentence.until) for sentence in reduced.sentences)
                 self._observe(round, reduced)
             outcomes = {
-                name: MemoryOutcome(verdict, round, meeting.entries[name].base_digest)
+                name: MemoryOutcome(STALE, round, problem="the others have found its work to be bad")
+                if name in accused
+                else MemoryOutcome(verdict, round, meeting.entries[name].base_digest)
                 for name, verdict in verdicts.items()
             }
+            names = list(counted)
             meeting.outcomes = outcomes | {name: fill(outcomes[name], name, names, reduced) for name in names}
             self._remember(meeting, round, names, reduced, entries)
         finally:
@@ -291,6 +305,7 @@ class MemorySwarm:
         reduced: Reduced,
         entries: Mapping[str, Contribution],
     ) -> None:
+        seen = standing.counted(self._codec, names, reduced.aggregates)
         with self.changed:
             for name in names:
                 peer = self._peers.get(name)
@@ -298,6 +313,7 @@ class MemorySwarm:
                     continue
                 peer.next_round = round + 1
                 peer.contributed(round, entries[name].payload)
+                peer.observations.note(round, seen)
                 peer.bytes_up += reduced.bytes_up[name]
                 peer.bytes_down += reduced.bytes_down[name]
                 peer.history[round] = meeting.outcomes[name]

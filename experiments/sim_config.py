@@ -128,6 +128,9 @@ class AttackConfig:
     simulation time.
     """
 
+    one_network: bool = False
+    """Whether they are all in one network, where everybody else has one of its own."""
+
     def __post_init__(self) -> None:
         settle_types(self, self.SECTION)
         choices = ", ".join(ATTACKS)

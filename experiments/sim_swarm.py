@@ -77,7 +77,14 @@ class Simulation:
         self._links = ModelledLinks(codec.num_params)
         self._names = [worker_name(index) for index in range(spec.simulate.workers)]
         hostile = self._names[spec.simulate.workers - spec.attack.attackers :]
-        self.attack = Attack(codec, self.manifest.run_tag, spec.attack.kind, hostile, spec.seed)
+        self.attack = Attack(
+            codec,
+            self.manifest.run_tag,
+            spec.attack.kind,
+            hostile,
+            spec.seed,
+            one_network=spec.attack.one_network,
+        )
         self.swarm = MemorySwarm(
             self.manifest,
             codec,
@@ -88,6 +95,7 @@ class Simulation:
             kept_rounds=KEPT_ROUNDS,
             observe=self.log.reduced,
             tamper=self.attack.tamper,
+            network_of=self.attack.network_of,
             audits=spec.attack.audits and self.manifest.exchange.screens,
         )
         self._present: dict[str, VirtualWorker] = {}

@@ -29,12 +29,13 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import DHTRecord
 from hivemind.utils import get_dht_time
 
+from dtrain.compression.standing import Said
 from dtrain.dht import invite
 from dtrain.dht.admissions import _unpack_uses
 from dtrain.dht.greetings import Greeting, pack_greeting, unpack_greeting
 from dtrain.dht.history import parse_round
 from dtrain.dht.identity import Identity
-from dtrain.dht.membership import Contribution, agree_on_members, pack_hello
+from dtrain.dht.membership import Contribution, Judging, agree_on_members, pack_hello
 from dtrain.dht.reachability import DIRECT
 from dtrain.dht.records import SignedRecords, pack_status, unpack_status
 from dtrain.dht.state_donor import StateDonor, Written
@@ -165,7 +166,7 @@ def read_record(data: bytes) -> str:
         unpack_bulletin(data) is not None,
         unpack_sample(data) is not None,
         bool(_unpack_uses(data)),
-        bool(agree_on_members(["a"], [data], 3)),
+        bool(agree_on_members(["a"], [data], 3, judging=Judging(least=1)).members),
     ]
     for read in (unpack_greeting, lambda blob: Revocations.decode(blob, RUN, None)):
         try:
@@ -195,7 +196,9 @@ def _record_samples() -> list[bytes]:
         _bulletin().pack(1e9, (5, 7)),
         Sample(3, "def", "text").pack(),
         msgpack.packb([[OWNER.peer_id, shown]]),
-        pack_hello(Contribution(3, bytes(32), b"", 7.0), reach=DIRECT, mbps=3.0, shown=shown),
+        pack_hello(
+            Contribution(3, bytes(32), b"", 7.0), reach=DIRECT, mbps=3.0, shown=shown, said={"b": Said(3)}
+        ),
         pack_greeting(Greeting(1.0, 2.0, STATUS, ("g", 3.0), shown, "no-token")),
         Revocations.make(KEY.sign, RUN, 3, [bytes(32)], [OWNER.peer_id_bytes]).blob,
     ]

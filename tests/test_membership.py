@@ -45,7 +45,7 @@ def raw(**changes: Any) -> bytes:
 
 
 def agree(peer_ids: Sequence[object], gathered: Sequence[bytes]) -> list[Member]:
-    return agree_on_members(peer_ids, gathered, ROUND, MAX_WEIGHT)
+    return agree_on_members(peer_ids, gathered, ROUND, MAX_WEIGHT).members
 
 
 def ids(members: list[Member]) -> list[str]:

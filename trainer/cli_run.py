@@ -272,6 +272,7 @@ def open_run(
         exact_up_to=terms.exact_up_to,
         max_weight=manifest.max_weight,
         screens=terms.screens,
+        max_share=manifest.admission.max_share,
         heartbeat_s=terms.heartbeat_s,
         heartbeat_ttl_s=terms.heartbeat_ttl_s,
     )

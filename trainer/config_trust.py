@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dtrain.trainer.config import added, require
+from dtrain.trainer.config import added, require, settle_types
 
 ADMISSIONS = ("open", "token", "list")
 MAX_ALLOWED = 500
@@ -24,7 +24,16 @@ class AdmissionConfig:
     allowed: tuple[str, ...] = added(())
     """Peer ids, with "list"; a worker that is not listed says what its own is."""
 
+    max_share: float = added(0.34)
+    """In groups of more than four that are screened: the most, of all that counts in a round, that workers of one
+    origin may count for together: by one admission token, or, with "open", in one network (/24, of IPv6 /48). It binds
+    where workers come from three origins or more, never one worker alone, and not those that are more than half of
+    all. 1 = no limit."""
+
     def __post_init__(self) -> None:
+        settle_types(self, self.SECTION)
+        share_fits = 0 < self.max_share <= 1
+        require(share_fits, "admission.max_share", "be above 0, and 1 for no limit", self.max_share)
         choices, allowed = ", ".join(ADMISSIONS), self.allowed
         require(self.mode in ADMISSIONS, "admission.mode", f"be one of {choices}", self.mode)
         fits = isinstance(allowed, (list, tuple)) and len(allowed) <= MAX_ALLOWED
