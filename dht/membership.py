@@ -17,6 +17,7 @@ from dtrain.dht.reachability import CLIENT, DIRECT, RELAYED
 from dtrain.dht.uplink import MAX_MBPS
 
 PROTOCOL_VERSION = 5
+MAX_HELLO_BYTES = 8 * 1024  # a pass and a statement are in it
 MIN_WEIGHT = 1e-9  # tokens; the codec refuses to reduce weights below it
 
 
@@ -167,6 +168,8 @@ def _judge(
 
 
 def _parse_hello(raw: bytes, max_weight: float) -> dict[str, Any] | None:
+    if len(raw) > MAX_HELLO_BYTES:
+        return None
     try:
         hello: dict[str, Any] = msgpack.unpackb(raw)
         fits = (

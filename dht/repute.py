@@ -68,11 +68,9 @@ class Repute:
 
     def hear(self, round: int, agreed: Agreed) -> list[str]:
         """What a group has agreed on before a round; lines for those who watch, if they are ours to tell."""
-        for member in agreed.members:
-            if member.share < 1:
-                logging.info(
-                    "%s counts for %.3f of its weight in round %d", member.peer_id, member.share, round
-                )
+        less = [f"{member.peer_id} for {member.share:.3f}" for member in agreed.members if member.share < 1]
+        if less:
+            logging.info("in round %d these count for a part of their weight: %s", round, ", ".join(less))
         members = [member.peer_id for member in agreed.members]
         told = self._carry_out(self._verdicts.accused(round, agreed.accused), members)
         return [reason_text(f"put-out-{ACCUSED}")] if self._own_id in agreed.accused else told

@@ -143,6 +143,7 @@ def test_somebody_has_to_reduce() -> None:
         b"\xc1",
         b"\xdd\xff\xff\xff\xff",
         b"\x91" * 5000,
+        raw(said=bytes(8 * 1024)),
     ],
 )
 def test_one_peers_garbage_changes_nothing_for_the_others(bad: bytes) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dtrain.compression.standing import FIRST_SHARE, PROBATION, Said, Statement
 from dtrain.dht import statements
-from dtrain.dht.membership import Agreed, Contribution, Judging, agree_on_members, pack_hello
+from dtrain.dht.membership import MAX_HELLO_BYTES, Agreed, Contribution, Judging, agree_on_members, pack_hello
 from dtrain.dht.reachability import CLIENT, DIRECT
 from dtrain.dht.statements import ENTRY_BYTES, MAX_OUT, MAX_PEERS, network_of
 
@@ -109,6 +109,7 @@ def test_a_statement_is_bounded() -> None:
     assert len(packed) == ENTRY_BYTES * MAX_PEERS
     assert len(statements.unpack(packed, 0, said, BASE).of) == MAX_PEERS
     assert statements.unpack(packed + packed[:ENTRY_BYTES], 0, said, BASE) == Statement()
+    assert len(hello(said)) < MAX_HELLO_BYTES - 1000  # room for a pass and the rest
 
 
 def test_the_statements_of_sixteen_take_two_kilobytes() -> None:
