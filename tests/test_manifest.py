@@ -158,3 +158,19 @@ def test_machine_settings_are_checked(tmp_path: Path) -> None:
         MachineSettings(name="a", folder=tmp_path, device="gpu")
     with pytest.raises(UsageError, match="--keep-checkpoints must be at least 1"):
         MachineSettings(name="a", folder=tmp_path, keep_checkpoints=0)
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.01, "much", float("nan")])
+def test_the_share_of_one_origin_is_a_share(share: object) -> None:
+    """Above 0, up to 1; whoever types something else reads which setting it is."""
+    with pytest.raises(UsageError, match="max_share"):
+        preset_manifest("demo", overrides={"admission.max_share": share})
+
+
+def test_the_usual_share_of_one_origin_leaves_older_runs_their_hash() -> None:
+    """It was added to the format; another one is another run."""
+    usual = preset_manifest("demo")
+    assert "admission" not in usual.to_dict()
+    other = preset_manifest("demo", overrides={"admission.max_share": 1})
+    assert Manifest.from_dict(other.to_dict()).admission.max_share == 1.0
+    assert other.hash != usual.hash

@@ -30,6 +30,7 @@ from dtrain.dht.reachability import (
     pack_request,
     seen_at,
 )
+from dtrain.dht.statements import networks
 from dtrain.dht.transport import TransportError, start_daemon
 
 PUBLIC, HOME, SELF = "20.0.0.1", "192.168.1.5", "127.0.0.1"
@@ -174,6 +175,21 @@ def test_a_connection_of_our_own_making_proves_nothing(folder: Path) -> None:
         open_one, identity = await daemons.start("open")
         found = await ask_witnesses(scout, identity, port_of(await places(open_one)), await places(witness))
         assert found == [said(True, SELF)]
+
+    with_daemons(folder, scenario)
+
+
+def test_the_network_of_each_connection_is_known(folder: Path) -> None:
+    """At both ends, also of one that nobody could dial; of whoever is not connected nothing is."""
+
+    async def scenario(daemons: Daemons) -> None:
+        a, _ = await daemons.start("a")
+        b, _ = await daemons.start("b", dialable=False)
+        await daemons.start("c")
+        assert await connect(b, a.peer_id, (await places(a))[str(a.peer_id)])
+        network = bytes([127, 0, 0])
+        assert await networks(a) == {str(b.peer_id): network}
+        assert await networks(b) == {str(a.peer_id): network}
 
     with_daemons(folder, scenario)
 

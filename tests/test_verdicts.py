@@ -11,7 +11,7 @@ from dtrain.compression import audit, verdicts
 from dtrain.compression.codec import Codec
 from dtrain.compression.errors import CompressionError
 from dtrain.compression.spec import CodecSpec
-from dtrain.compression.verdicts import OUT_ROUNDS, Sentence, Verdicts
+from dtrain.compression.verdicts import ACCUSED, OUT_ROUNDS, Sentence, Verdicts
 from dtrain.experiments.memory_round import Contribution, Faults, GroupReducer
 
 CODEC = Codec(CodecSpec(chunk=64, k=16, value_bits=2), [("t", (64 * 64 * 9,))])
@@ -113,6 +113,19 @@ def test_at_most_a_third_is_put_out() -> None:
     for round in range(6):
         out += court.note(round, NAMES, aggregates(round, dict.fromkeys(range(9), everybody)))
     assert len({sentence.peer_id for sentence in out}) == len(out) == 3
+
+
+def test_who_is_accused_counts_among_those_that_are_out() -> None:
+    """Told once, for as long as the reducers' sentences; and with it there is room for two more of nine."""
+    court = Verdicts(CODEC)
+    assert court.accused(0, ["peer-8"]) == [Sentence("peer-8", OUT_ROUNDS, ACCUSED)]
+    assert court.accused(1, ["peer-8"]) == []
+    out = []
+    for round in range(6):
+        everybody = dict.fromkeys(range(1, 8), "against")
+        out += court.note(round, NAMES, aggregates(round, dict.fromkeys(range(9), everybody)))
+    assert len(out) == 2
+    assert [sentence.until for sentence in court.accused(OUT_ROUNDS, ["peer-8"])] == [2 * OUT_ROUNDS]
 
 
 def test_two_reducers_are_no_court() -> None:
