@@ -54,8 +54,8 @@ class DefenceConfig:
     SECTION: ClassVar[str] = "defence"
 
     recheck: float = added(0.02)
-    """Share of its compute that a worker spends on trying out others' updates on the data that they were given, in
-    groups of more than four (`recheck.py`); 0 = none."""
+    """Share of its compute, and half that share of its traffic, that a worker spends at most on trying out others'
+    updates on the data that they were given, in groups of more than four (`recheck.py`); 0 = none."""
 
     def __post_init__(self) -> None:
         settle_types(self, self.SECTION)

@@ -107,7 +107,12 @@ def is_archive(view: PeerView) -> bool:
 def can_give(view: PeerView) -> bool:
     """Whether rounds and state can be had from a peer: it has them, gives them, and can be dialled."""
     says_so = view.status["state"] != "joining" and view.status.get("gives", True) is True
-    return says_so and view.status.get("reach") != "client"
+    return says_so and can_be_called(view)
+
+
+def can_be_called(view: PeerView) -> bool:
+    """Whether others can ask it for something: it can be dialled, or reached through a relay."""
+    return view.status.get("reach") != "client"
 
 
 @dataclass(frozen=True)

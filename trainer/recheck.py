@@ -9,9 +9,10 @@ After a round it may ask one of the others for the update that it sent. Under th
 
 The same is asked of our own update, to know what is to be expected (`suspicion.py`). Who is looked at, and on which
 sequences, follows from the manifest, the digest of theta after the round, and the two peer ids: nobody knows it before
-all updates are sent, and anybody can do a look again. It costs `defence.recheck` of the worker's compute, changes
-nothing of its training, and never waits for the network. Updates that are gradients are not looked at, nor groups of up
-to four, nor where the text is not the same for all workers.
+all updates are sent, and anybody can do a look again. It costs at most `defence.recheck` of the worker's compute and
+half that share of its traffic, changes nothing of its training, and never waits for the network. Updates that are
+gradients are not looked at, nor those of peers that nobody can call, nor groups of up to four, nor where the text is not
+the same for all workers.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from dtrain.trainer.compute import autocast, choose_precision
 from dtrain.trainer.data import Data
 from dtrain.trainer.delivery import Training
 from dtrain.trainer.estimate import free_memory_bytes
-from dtrain.trainer.exchange import Exchange, Outcome
+from dtrain.trainer.exchange import Exchange, Outcome, can_be_called
 from dtrain.trainer.feed import Feed
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.inner import DELTA, evaluating
@@ -48,6 +49,7 @@ FORWARDS = 3  # that training on a sequence costs
 COST = 1.25 * (
     6 * LOOKED_AT + 2 * FORWARDS * DONE_AGAIN
 )  # of a look, as measured with what is around the passes
+PAYLOADS = 0.9  # a round with a share of 1: a round costs about two, and a share of 0.02 may take 1 % of its bytes
 KEPT_ROUNDS = 2  # after which a look has become too old
 LIMIT = 4.0  # of a score
 PASS_TOKENS = 1024  # at a time: all their logits are there at once
@@ -124,16 +126,17 @@ class Recheck:
         if free_memory_bytes() < NEEDED * self._outer.state.theta_flat.nbytes:
             return
         steps, train = self._steps(outcome), self._manifest.train
-        others = sorted(steps.keys() - {self._exchange.peer_id})
+        views = {view.peer_id: view for view in self._exchange.swarm() if can_be_called(view)}
+        others = sorted(steps.keys() & views.keys())
         place = f"{self._manifest.hash.hex()}\n{training.round}\n{self._outer.digest.hex()}"
         label = f"recheck\n{place}\n{self._exchange.peer_id}"
-        chance = self._share * FORWARDS * (training.tokens / train.seq_len) / COST
+        affordable = FORWARDS * (training.tokens / train.seq_len) / COST
+        chance = self._share * min(affordable, PAYLOADS)
         is_enough = training.tokens >= LOOKED_AT * train.seq_len
         if not others or not is_enough or draw(label) >= chance * 2.0**64:
             return
         peer_id = self._choose(label, others)
-        lanes = {view.peer_id: view.status.get("lane") for view in self._exchange.swarm()}
-        lane = lanes.get(peer_id)
+        lane = views[peer_id].status.get("lane")
         case = Case(
             label=f"{label}\n{peer_id}",
             peer_id=peer_id,
