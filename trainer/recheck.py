@@ -8,11 +8,11 @@ After a round it may ask one of the others for the update that it sent. Under th
                     step of Adam: is it like the update, where that says something?
 
 The same is asked of our own update, to know what is to be expected (`suspicion.py`). Who is looked at, and on which
-sequences, follows from the manifest, the digest of theta after the round, and the two peer ids: nobody knows it before
-all updates are sent, and anybody can do a look again. It costs at most `defence.recheck` of the worker's compute and
-half that share of its traffic, changes nothing of its training, and never waits for the network. Updates that are
-gradients are not looked at, nor those of peers that nobody can call, nor groups of up to four, nor where the text is not
-the same for all workers.
+sequences, follows from the manifest, the digest of theta after the round, and the two peer ids: nobody knows it
+before all updates are sent, and anybody can do a look again. It costs at most `defence.recheck` of the worker's
+compute and half that share of its traffic, changes nothing of its training, and never waits for the network. Updates
+that are gradients are not looked at, nor those of peers that nobody can call, nor groups of up to four, nor where the
+text is not the same for all workers.
 """
 
 from __future__ import annotations
