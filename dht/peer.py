@@ -38,6 +38,7 @@ from dtrain.dht.passed_rounds import no_rounds
 from dtrain.dht.reachability import CLIENT, DIRECT, Witness
 from dtrain.dht.receipts import Receipts
 from dtrain.dht.streams import StreamError, in_background
+from dtrain.dht.swarm_clock import SwarmClock
 from dtrain.dht.terms import RunTerms
 from dtrain.dht.transfer import StateTransfer
 from dtrain.dht.transport import Traffic, TransportError, patch_hivemind
@@ -95,16 +96,18 @@ class NetworkPeer:
         self._private = Path(args["private_folder"])
         patch_hivemind(self._private, self._traffic)
         self._identity = identity = load_or_create(Path(args["identity"]))
-        wanted = {name: args[name] for name in ("host", "port", "announce", "passes_on", "relays", "strict")}
+        how = {name: args[name] for name in ("host", "port", "announce", "passes_on", "relays", "strict")}
+        through, before = args["initial_peers"], args["reach_before"]
+        (clock := SwarmClock()).install()
         self._connection = await attach(
-            identity, self._private, peers=args["initial_peers"], before=args["reach_before"], **wanted
+            identity, self._private, peers=through, before=before, clock=clock, **how
         )
         self._p2p, self._node = self._connection.p2p, self._connection.node
         # Without it we are deaf: end, and be restarted.
         in_background(self._p2p._child.wait()).add_done_callback(lambda _: self._worker.close())
         if self._connection.reach == DIRECT:
             await Witness(self._p2p, self._seen_addresses).open()
-            await Probe(self._p2p).open()
+            await Probe(self._p2p, clock).open()
         self._tasks += [
             asyncio.create_task(self._connection.keep(self._seen_addresses)),
             asyncio.create_task(self._watch_connection()),
