@@ -37,6 +37,7 @@ KEEP_PERIOD_S = 0.5
 TRY_AGAIN_S = 5.0
 MAX_KNOWN_PEERS = 64
 MAX_ASKED = 3  # for the time
+NEAR_PEERS = 20  # a look-up asks all of them at once: silent ones then cost it one time-out together
 RELAY_PATIENCE = 6  # looks; a reservation is briefly away while it is renewed
 
 
@@ -256,6 +257,8 @@ async def _join(p2p: P2P, identity: Identity, peers: Sequence[str], reach: str, 
             cache_locally=False,
             cache_nearest=0,
             cache_on_store=False,
+            bucket_size=NEAR_PEERS,
+            num_workers=NEAR_PEERS,
             client_mode=reach != DIRECT,
             ensure_bootstrap_success=strict,
             strict=strict,
