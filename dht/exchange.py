@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from dtrain.dht import ipc
-from dtrain.dht.address_book import AddressBook
+from dtrain.dht.address_book import FILE, AddressBook
 from dtrain.dht.outcome import Outcome, PeerView, outcome_of
 from dtrain.dht.peer_settings import PeerSettings
 from dtrain.dht.process import RESTART_PAUSE_S, ConnectionLost, ExchangeError, NetworkProcess
@@ -32,7 +32,7 @@ class DhtExchange:
         """Starts the network process; `connect` waits for it."""
         self._settings, self._through = settings, settings.initial_peers
         self._swarm: tuple[float, list[PeerView]] = (time.monotonic(), [])
-        self._address_book = AddressBook()  # to find back when whom we joined through is gone
+        self._address_book = AddressBook(settings.identity.parent / FILE)  # to find back by
         self._carried = RunningCounts()  # bytes: "up", "down", and "wire" for what both took there
         self._state_files = StateFiles(settings.identity.parent / "transfer")
         self._status: dict[str, Any] | None = None
@@ -43,9 +43,7 @@ class DhtExchange:
         self._closing, self._open = threading.Event(), threading.Event()
         self._heartbeat_ttl_s = 0.0
         self.peer_id = ""
-        self.reach = (
-            ""  # "direct", "relayed" or "client": how others can call this machine; known once connected
-        )
+        self.reach = ""  # "direct", "relayed" or "client": how others can call us; known once connected
         self.addresses: list[str] = []  # where others can join: here if they can call us, then where we did
         # Called with ("lost" or "back", why) around a renewal of the network process.
         self.on_change: Callable[[str, str], None] = lambda state, reason: None
@@ -59,9 +57,10 @@ class DhtExchange:
         self.process.on_death = lambda: self.on_change("lost", DIED)
 
     def connect(self, through: Sequence[str] = (), *, strict: bool = True) -> None:
-        """Wait until the network process stands in the DHT, through these peers too if there are any. Raises
-        ExchangeError with a line for the user; unless `strict`, connections with peers are enough."""
+        """Wait until the network process stands in the DHT, through these peers and then those of last time too if any
+        are given. Raises ExchangeError with a line for the user; unless `strict`, connections with peers are enough."""
         self._through += tuple(through)
+        known = self._address_book.addresses() if self._through or self.reach else []
         answer = self.process.command(
             "connect",
             timeout_s=CONNECT_TIMEOUT_S,
@@ -70,7 +69,7 @@ class DhtExchange:
             host=self._settings.host,
             port=self._settings.port,
             announce=self._settings.announce,
-            initial_peers=[*self._through, *self._address_book.addresses()],
+            initial_peers=[*self._through, *known],
             reach_before=self.reach,
             passes_on=self._settings.passes_on,
             relays=self._settings.relays,

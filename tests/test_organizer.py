@@ -130,7 +130,7 @@ def test_from_nothing_to_a_contribution(
             for name, value in skew_environment(tmp_path / "skew", 90.0).items():
                 ahead.setenv(name, value)
             assert main(["doctor", found[1], "--quick", *here]) == 0
-            assert re.search(r"WARN  clock +(89|90)\.\d s ahead", capsys.readouterr().out)
+            assert re.search(r"warn  clock +(89|90)\.\d s ahead", capsys.readouterr().out)
             worker_log = tmp_path / "worker.log"
             flags = ("--yes", "--threads", "1", "--eval-every", "0", *here)
             processes.append(worker := start(tmp_path / "home", worker_log, "join", found[1], *flags))

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.dht import reachability
-from dtrain.dht.address_book import MAX_REMEMBERED, AddressBook
+from dtrain.dht.address_book import FILE, MAX_REMEMBERED, AddressBook
 from dtrain.dht.addresses import best_first, by_peer, ip_of
 from dtrain.dht.connection import Connection, attach
 from dtrain.dht.identity import Identity, load_or_create
@@ -84,6 +84,21 @@ def test_addresses_of_peers_that_are_gone_are_remembered() -> None:
     said = book.addresses()
     assert len(said) == MAX_REMEMBERED and said[-1] == f"place {2 * MAX_REMEMBERED - 1}"
     assert sum(address.startswith("place") for address in said) == 1
+
+
+def test_addresses_are_remembered_over_a_restart(tmp_path: Path) -> None:
+    """A machine whose power was cut finds back through whom it knew, though the maker of its invite is gone; a file
+    that is none, or one that cannot be written, does no harm."""
+    path = tmp_path / FILE
+    book = AddressBook(path)
+    book.hear("a", "address 1")
+    book.hear("a", "address 2")
+    book.hear("b", "address 3")
+    assert AddressBook(path).addresses() == ["address 2", "address 3"]
+    for spoiled in ("", "[1]", '{"a": 3}', "null", "\xff"):
+        path.write_text(spoiled)
+        assert AddressBook(path).addresses() == []
+    AddressBook(tmp_path / "nowhere" / FILE).hear("a", "address 1")
 
 
 @given(st.binary(max_size=200))
