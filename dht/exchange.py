@@ -31,6 +31,7 @@ class DhtExchange:
     def __init__(self, settings: PeerSettings):
         """Starts the network process; `connect` waits for it."""
         self._settings, self._through = settings, settings.initial_peers
+        self._interrupted = b""  # the payload that was under way when a network process died
         self._swarm: tuple[float, list[PeerView]] = (time.monotonic(), [])
         self._address_book = AddressBook(settings.identity.parent / FILE)  # to find back by
         self._carried = RunningCounts()  # bytes: "up", "down", and "wire" for what both took there
@@ -257,18 +258,15 @@ class DhtExchange:
             pass  # said again when the network process is back
 
     def run_round(self, *, round: int, base_digest: bytes, payload: bytes, weight: float) -> Outcome:
-        contribution = {
-            "round": round,
-            "base_digest": base_digest,
-            "payload": payload,
-            "weight": float(weight),
-        }
+        said = {"round": round, "base_digest": base_digest, "payload": payload, "weight": float(weight)}
         while True:
+            contribution = {**said, "was_sent": payload == self._interrupted}
             try:
                 answer = self.process.command("run_round", timeout_s=self._round_limit_s, **contribution)
                 self._hand_over(answer)
                 return outcome_of(round, answer)
             except ConnectionLost as error:
+                self._interrupted = payload
                 self._closing.wait(RESTART_PAUSE_S)
                 if self._closing.is_set() or not self._open.wait(RESTARTED_S):
                     return Outcome("no-group", round, problem=str(error))

@@ -244,7 +244,8 @@ class NetworkPeer:
     async def run_round(self, args: Args) -> Args:
         """Take part in a round; the reply's "verdict" is one of trainer/exchange.py's."""
         await self._opened.wait()  # after a restart the worker may ask before it has had us open the run
-        contribution = Contribution(args["round"], args["base_digest"], args["payload"], args["weight"])
+        fields = ("round", "base_digest", "payload", "weight", "was_sent")
+        contribution = Contribution(*(args[name] for name in fields))
         try:
             verdict = await within(self._averager.terms.longest_round_s, self._rounds.run(contribution))
         except Stuck:
