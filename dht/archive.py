@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.dht.exchange import DhtExchange, run_prefix
+from dtrain.dht.exchange import DhtExchange
 from dtrain.dht.partial_state import NOTE
 from dtrain.dht.state_files import Watch
+from dtrain.dht.terms import run_prefix
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ async def _try_reaches(
     p2p = await start_daemon(identity, host=host, port=port, passes_on=passes_on)
     own = await _listens_at(p2p)
     listening = int(own[0].split("/tcp/")[1].split("/")[0])
-    found = await ask_witnesses(scout, identity, listening, known)
+    found = await ask_witnesses(scout, identity, listening, known, p2p)
     # With nobody to ask we take it that we can be dialled; who comes back takes it that nothing has changed.
     is_direct = judge(found) == DIRECT if found or (known and not before) else before in ("", DIRECT)
     if is_direct:

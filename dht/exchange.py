@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from dtrain.dht.peer_settings import PeerSettings
 from dtrain.dht.process import RESTART_PAUSE_S, ConnectionLost, ExchangeError, NetworkProcess
 from dtrain.dht.running_counts import RunningCounts
 from dtrain.dht.state_files import Provider, State, StateFiles, Watch
+from dtrain.dht.terms import run_prefix
 from dtrain.dht.tokens import reason_text
 
 CONNECT_TIMEOUT_S = 60.0
@@ -77,19 +79,21 @@ class DhtExchange:
             strict=strict,
         )
         self.peer_id, self.addresses, self.reach = answer["peer_id"], answer["addresses"], answer["reach"]
+        self.process.set_up = self._come_back
 
     def limit(self, *, up_mbps: float, down_mbps: float) -> None:
         """Keep traffic to these megabits per second from now on, also over restarts of the network process."""
         self._rates = {"up_mbps": up_mbps, "down_mbps": down_mbps}
-        try:
+        with suppress(ConnectionLost):  # said again when the network process is back
             self.process.tell("limit", **self._rates)
-        except ConnectionLost:
-            pass  # said again when the network process is back
 
     def find_manifests(self, run_id: str) -> list[bytes]:
         """Signed manifests that peers have published under this run id, unchecked."""
-        found: list[bytes] = self.process.command("find_manifests", run_id=run_id)
-        return found
+        try:
+            found: list[bytes] = self.process.command("find_manifests", run_id=run_id)
+            return found
+        except ConnectionLost:
+            return []  # it is being restarted
 
     def prepare(self, codec: Mapping[str, object], progress: Callable[[int, int], None]) -> None:
         """Have the codec ready in the network process. On a machine's first run that is where it is compiled, and then
@@ -149,9 +153,12 @@ class DhtExchange:
     def _begin(self, heartbeat_s: float, heartbeat_ttl_s: float) -> None:
         """Enter the run as `_run` has it, now and after each restart; from the first `announce` on others hear us."""
         self._heartbeat_ttl_s = heartbeat_ttl_s
-        self._enter_run()
+        try:
+            self._enter_run()
+        except ConnectionLost:  # as when the relay is gone that it came through: the next one enters the run
+            if not self._open.wait(OPEN_TIMEOUT_S):
+                raise
         self._open.set()
-        self.process.set_up = self._come_back
         threading.Thread(target=self._beat, args=(heartbeat_s,), daemon=True, name="heartbeat").start()
 
     def _enter_run(self) -> None:
@@ -165,6 +172,8 @@ class DhtExchange:
         reason, self._moved = self._moved or DIED, ""
         self.connect()
         self.limit(**self._rates)
+        if not self._run:
+            return  # there is none yet
         self._enter_run()
         if self._num_saved is not None:
             self.process.command("residual_saved", saved=self._num_saved, held=self._num_handed)
@@ -181,10 +190,8 @@ class DhtExchange:
     def _announce(self) -> None:
         if self._status is None:
             return
-        try:
+        with suppress(ConnectionLost):  # said again when the network process is back
             self.process.tell("announce", status=self._status)
-        except ConnectionLost:
-            pass  # said again when the network process is back
 
     def _hear(self, message: ipc.Message) -> None:
         if message["event"] == "swarm":
@@ -218,10 +225,8 @@ class DhtExchange:
         self._announce()
 
     def post(self, topic: str, note: bytes) -> None:
-        try:
+        with suppress(ConnectionLost):  # the next note says it all
             self.process.tell("post", topic=topic, note=note)
-        except ConnectionLost:
-            pass  # the next note says it all
 
     def posted(self, topic: str) -> dict[str, bytes]:
         """Everybody's note under a topic by peer id, unchecked. Raises ExchangeError."""
@@ -320,8 +325,3 @@ class DhtExchange:
         self._closing.set()
         self._open.set()
         self.process.close()
-
-
-def run_prefix(run_id: str, manifest_hash: bytes) -> str:
-    """What the run's DHT keys begin with."""
-    return f"dtrain-{run_id}-{manifest_hash[:8].hex()}"

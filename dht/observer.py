@@ -6,8 +6,9 @@ import os
 import time
 
 from dtrain.dht import ipc
-from dtrain.dht.exchange import OPEN_TIMEOUT_S, DhtExchange, run_prefix
+from dtrain.dht.exchange import OPEN_TIMEOUT_S, DhtExchange
 from dtrain.dht.peer_settings import PeerSettings
+from dtrain.dht.terms import run_prefix
 
 
 class Observer(DhtExchange):

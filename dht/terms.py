@@ -26,3 +26,8 @@ class RunTerms:
     def longest_round_s(self) -> float:
         """No round takes longer, with a try in vain and every time-out in it."""
         return 2 * (self.matchmaking_s + self.round_timeout_s + self.sender_timeout_s)
+
+
+def run_prefix(run_id: str, manifest_hash: bytes) -> str:
+    """What the run's DHT keys begin with."""
+    return f"dtrain-{run_id}-{manifest_hash[:8].hex()}"

@@ -18,10 +18,10 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P
 
-from dtrain.dht.exchange import run_prefix
 from dtrain.dht.identity import load_or_create
 from dtrain.dht.invite import Invite
 from dtrain.dht.records import SignedRecords
+from dtrain.dht.terms import run_prefix
 from dtrain.dht.transport import start_daemon
 from dtrain.trainer.bulletin import SAMPLE_TOPIC, TOPIC
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from hivemind.p2p import P2P
+from hivemind.p2p import P2P, PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -189,6 +189,26 @@ def test_a_connection_of_our_own_making_proves_nothing(folder: Path) -> None:
         open_one, identity = await daemons.start("open")
         found = await ask_witnesses(scout, identity, port_of(await places(open_one)), await places(witness))
         assert found == [said(True, SELF)]
+
+    with_daemons(folder, scenario)
+
+
+def test_who_was_dialled_in_vain_can_be_dialled_again(folder: Path) -> None:
+    """libp2p waits ever longer between two dials of a peer that does not answer: one that is started again would be
+    told that nobody can dial it."""
+
+    async def scenario(daemons: Daemons) -> None:
+        witness, _ = await daemons.start("witness")
+        await Witness(witness, list).open()
+        scout, _ = await daemons.start("scout", dialable=False)
+        identity, port = load_or_create(daemons.folder / "late.key"), free_port()
+        late = PeerID.from_base58(identity.peer_id)
+        for _ in range(3):
+            assert not await connect(witness, late, [f"/ip4/{SELF}/tcp/{port}"])
+        own = await start_daemon(identity, host=SELF, port=port)
+        daemons.all.append(own)
+        assert await ask_witnesses(scout, identity, port, await places(witness)) == [said(False, SELF)]
+        assert await ask_witnesses(scout, identity, port, await places(witness), own) == [said(True, SELF)]
 
     with_daemons(folder, scenario)
 

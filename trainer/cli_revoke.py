@@ -59,9 +59,10 @@ def _meant(what: str, folder: Path) -> tuple[set[bytes], set[bytes]]:
 
 
 def _publish(run_id: str, manifest_hash: bytes, addresses: list[str], blob: bytes) -> None:
-    from dtrain.dht.exchange import DhtExchange, run_prefix
+    from dtrain.dht.exchange import DhtExchange
     from dtrain.dht.peer_settings import PeerSettings
     from dtrain.dht.process import ExchangeError
+    from dtrain.dht.terms import run_prefix
 
     with tempfile.TemporaryDirectory(prefix="dtrain-revoke-") as scratch:
         settings = PeerSettings(Path(scratch) / "identity.key", initial_peers=tuple(addresses), relays=False)
