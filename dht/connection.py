@@ -30,12 +30,14 @@ from dtrain.dht.records import SignedRecords
 from dtrain.dht.relay import relayed_addresses, start_relayed, start_relaying
 from dtrain.dht.roaming import LOOK_PERIOD_S, MachineWatch
 from dtrain.dht.streams import in_background
+from dtrain.dht.swarm_clock import SwarmClock, off_by
 from dtrain.dht.transport import TransportError, nobody_answers, start_daemon
 
 KEEP_PERIOD_S = 0.5
 TRY_AGAIN_S = 5.0
 MAX_KNOWN_PEERS = 64
 MAX_ASKED = 3  # for the time
+NEAR_PEERS = 20  # a look-up asks all of them at once: silent ones then cost it one time-out together
 RELAY_PATIENCE = 6  # looks; a reservation is briefly away while it is renewed
 
 
@@ -128,13 +130,14 @@ async def attach(
     relays: bool = True,
     announce: str = "",
     strict: bool = True,
+    clock: SwarmClock | None = None,
 ) -> Connection:
     """Join the DHT through `peers`, or begin it when there are none.
 
     This machine `passes_on` for others if it can, and is reached through others' `relays` if nobody can dial it.
     `before` is our reach of last time when we come back to a run; then we stand alone if nobody answers, until somebody
-    does. Raises TransportError otherwise, with a line for the user; unless `strict`, not when there are connections but
-    no DHT over them, as where the clocks are too far apart.
+    does. `clock` is put right by theirs. Raises TransportError otherwise, with a line for the user; unless `strict`,
+    not when there are connections but no DHT over them, as where the clocks are too far apart.
     """
     known = by_peer(peers)
     known.pop(identity.peer_id, None)
@@ -148,10 +151,13 @@ async def attach(
         if known and not reached and not before:
             raise TransportError(nobody_answers(peers))
         through = full({peer: known[peer] for peer in reached})
+        skew_s = await clock_skew(p2p, reached[:MAX_ASKED])
+        if clock is not None:
+            clock.put_right(skew_s)
         try:
             node = await _join(p2p, identity, through, reach, strict=strict and not before)
         except TransportError:
-            await _blame_the_clock(p2p, reached)
+            _blame_the_clock((skew_s or 0.0) - (clock.ahead_s if clock else 0.0))
             raise
     except BaseException:
         p2p._terminate()
@@ -201,7 +207,7 @@ async def _try_reaches(
     p2p = await start_daemon(identity, host=host, port=port, passes_on=passes_on)
     own = await _listens_at(p2p)
     listening = int(own[0].split("/tcp/")[1].split("/")[0])
-    found = await ask_witnesses(scout, identity, listening, known)
+    found = await ask_witnesses(scout, identity, listening, known, p2p)
     # With nobody to ask we take it that we can be dialled; who comes back takes it that nothing has changed.
     is_direct = judge(found) == DIRECT if found or (known and not before) else before in ("", DIRECT)
     if is_direct:
@@ -233,13 +239,11 @@ async def connect_all(p2p: P2P, peers: Mapping[str, Sequence[str]]) -> list[str]
     return [peer for peer, is_there in zip(peers, made) if is_there]
 
 
-async def _blame_the_clock(p2p: P2P, peers: Sequence[str]) -> None:
+def _blame_the_clock(skew_s: float) -> None:
     """TransportError if that is why these peers, with which we are connected, do not have us in the DHT."""
-    skew_s = await clock_skew(p2p, peers[:MAX_ASKED])
-    if skew_s is not None and abs(skew_s) > MAX_DHT_TIME_DISCREPANCY_SECONDS:
-        side = "ahead of" if skew_s > 0 else "behind"
+    if abs(skew_s) > MAX_DHT_TIME_DISCREPANCY_SECONDS:
         raise TransportError(
-            f"this machine's clock is {abs(skew_s):.0f} s {side} the others': set it by the network "
+            f"this machine's clock is {off_by(skew_s)} the others': set it by the network "
             "(timedatectl set-ntp true on Linux), then try again"
         )
 
@@ -253,6 +257,8 @@ async def _join(p2p: P2P, identity: Identity, peers: Sequence[str], reach: str, 
             cache_locally=False,
             cache_nearest=0,
             cache_on_store=False,
+            bucket_size=NEAR_PEERS,
+            num_workers=NEAR_PEERS,
             client_mode=reach != DIRECT,
             ensure_bootstrap_success=strict,
             strict=strict,

@@ -77,13 +77,24 @@ async def measure(p2p: P2P, peer: str, clock: Callable[[], float] = time.time) -
 
 
 async def clock_skew(p2p: P2P, peers: Sequence[str], clock: Callable[[], float] = time.time) -> float | None:
-    """How many seconds our clock is ahead of the first peer's that answers, by one ping; None if none does."""
-    for peer in peers:
-        try:
-            return (await _asking(p2p, peer, clock)(0, 0, PING_S))[1]
-        except Exception:  # gone, or of a version that does not answer
-            continue
-    return None
+    """How many seconds our clock is ahead of these peers', by one ping each: the median of what they say, of two the
+    one that is nearer to ours. None if nobody answers."""
+
+    async def ahead_of(peer: str) -> float:
+        return (await _asking(p2p, peer, clock)(0, 0, PING_S))[1]
+
+    # Some are gone, or of a version that does not answer.
+    answers = await asyncio.gather(*map(ahead_of, peers), return_exceptions=True)
+    return middle([answer for answer in answers if isinstance(answer, float)])
+
+
+def middle(skews: Sequence[float]) -> float | None:
+    """See `clock_skew`."""
+    if not skews:
+        return None
+    ordered = sorted(skews)
+    lower, upper = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+    return min(lower, upper, key=abs)
 
 
 async def measure_any(p2p: P2P, peers: Mapping[str, Sequence[str]]) -> Distance | None:

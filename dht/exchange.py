@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from dtrain.dht import ipc
-from dtrain.dht.address_book import AddressBook
+from dtrain.dht.address_book import FILE, AddressBook
 from dtrain.dht.hand_overs import HandOvers
 from dtrain.dht.outcome import Outcome, PeerView, outcome_of
 from dtrain.dht.peer_settings import PeerSettings
@@ -34,8 +34,9 @@ class DhtExchange:
     def __init__(self, settings: PeerSettings):
         """Starts the network process; `connect` waits for it."""
         self._settings, self._through = settings, settings.initial_peers
+        self._interrupted = b""  # the payload that was under way when a network process died
         self._swarm: tuple[float, list[PeerView]] = (time.monotonic(), [])
-        self._address_book = AddressBook()  # to find back when whom we joined through is gone
+        self._address_book = AddressBook(settings.identity.parent / FILE)  # to find back by
         self._carried = RunningCounts()  # bytes: "up", "down", and "wire" for what both took there
         self._state_files = StateFiles(settings.identity.parent / "transfer")
         self._status: dict[str, Any] | None = None
@@ -43,17 +44,13 @@ class DhtExchange:
         self._handed = HandOvers()
         self._accused: dict[str, int] = {}  # in which round
         self._closing, self._open = threading.Event(), threading.Event()
-        self._heartbeat_ttl_s = 0.0
-        self.peer_id = ""
-        self.reach = (
-            ""  # "direct", "relayed" or "client": how others can call this machine; known once connected
-        )
+        self._heartbeat_ttl_s, self.peer_id = 0.0, ""
+        self.reach = ""  # "direct", "relayed" or "client": how others can call us; known once connected
         self.addresses: list[str] = []  # where others can join: here if they can call us, then where we did
         # Called with ("lost" or "back", why) around a renewal of the network process.
         self.on_change: Callable[[str, str], None] = lambda state, reason: None
         self._on_compiling: Callable[[int, int], None] = lambda done, total: None
-        self._moved = ""
-        self._refusals = RunningCounts()
+        self._moved, self._refusals = "", RunningCounts()
         self.refused = ""  # a line for the user: why the others do not let this peer in
         self.on_refused: Callable[[], None] = lambda: None  # called once, when that is known
         self._rates = {"up_mbps": 0.0, "down_mbps": 0.0}
@@ -61,9 +58,10 @@ class DhtExchange:
         self.process.on_death = lambda: self.on_change("lost", DIED)
 
     def connect(self, through: Sequence[str] = (), *, strict: bool = True) -> None:
-        """Wait until the network process stands in the DHT, through these peers too if there are any. Raises
-        ExchangeError with a line for the user; unless `strict`, connections with peers are enough."""
+        """Wait until the network process stands in the DHT, through these peers and then those of last time too if any
+        are given. Raises ExchangeError with a line for the user; unless `strict`, connections with peers are enough."""
         self._through += tuple(through)
+        known = self._address_book.addresses() if self._through or self.reach else []
         answer = self.process.command(
             "connect",
             timeout_s=CONNECT_TIMEOUT_S,
@@ -72,13 +70,14 @@ class DhtExchange:
             host=self._settings.host,
             port=self._settings.port,
             announce=self._settings.announce,
-            initial_peers=[*self._through, *self._address_book.addresses()],
+            initial_peers=[*self._through, *known],
             reach_before=self.reach,
             passes_on=self._settings.passes_on,
             relays=self._settings.relays,
             strict=strict,
         )
         self.peer_id, self.addresses, self.reach = answer["peer_id"], answer["addresses"], answer["reach"]
+        self.process.set_up = self._come_back
 
     def limit(self, *, up_mbps: float, down_mbps: float) -> None:
         """Keep traffic to these megabits per second from now on, also over restarts of the network process."""
@@ -87,8 +86,11 @@ class DhtExchange:
 
     def find_manifests(self, run_id: str) -> list[bytes]:
         """Signed manifests that peers have published under this run id, unchecked."""
-        found: list[bytes] = self.process.command("find_manifests", run_id=run_id)
-        return found
+        try:
+            found: list[bytes] = self.process.command("find_manifests", run_id=run_id)
+            return found
+        except ConnectionLost:
+            return []  # it is being restarted
 
     def prepare(self, codec: Mapping[str, object], progress: Callable[[int, int], None]) -> None:
         """Have the codec ready in the network process. On a machine's first run that is where it is compiled, and then
@@ -150,9 +152,12 @@ class DhtExchange:
     def _begin(self, heartbeat_s: float, heartbeat_ttl_s: float) -> None:
         """Enter the run as `_run` has it, now and after each restart; from the first `announce` on others hear us."""
         self._heartbeat_ttl_s = heartbeat_ttl_s
-        self._enter_run()
+        try:
+            self._enter_run()
+        except ConnectionLost:  # as when the relay is gone that it came through: the next one enters the run
+            if not self._open.wait(OPEN_TIMEOUT_S):
+                raise
         self._open.set()
-        self.process.set_up = self._come_back
         threading.Thread(target=self._beat, args=(heartbeat_s,), daemon=True, name="heartbeat").start()
 
     def _enter_run(self) -> None:
@@ -166,6 +171,8 @@ class DhtExchange:
         reason, self._moved = self._moved or DIED, ""
         self.connect()
         self.limit(**self._rates)
+        if not self._run:
+            return  # there is none yet
         self._enter_run()
         if self._handed.num_saved is not None:
             self.process.command("residual_saved", **self._handed.told())
@@ -246,18 +253,15 @@ class DhtExchange:
         self._ask("residual_saved", **self._handed.saved(number))  # said again to a new network process
 
     def run_round(self, *, round: int, base_digest: bytes, payload: bytes, weight: float) -> Outcome:
-        contribution = {
-            "round": round,
-            "base_digest": base_digest,
-            "payload": payload,
-            "weight": float(weight),
-        }
+        said = {"round": round, "base_digest": base_digest, "payload": payload, "weight": float(weight)}
         while True:
+            contribution = {**said, "was_sent": payload == self._interrupted}
             try:
                 answer = self.process.command("run_round", timeout_s=self._round_limit_s, **contribution)
                 self._handed.hear(answer)
                 return outcome_of(round, answer)
             except ConnectionLost as error:
+                self._interrupted = payload
                 self._closing.wait(RESTART_PAUSE_S)
                 if self._closing.is_set() or not self._open.wait(RESTARTED_S):
                     return Outcome("no-group", round, problem=str(error))

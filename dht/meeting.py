@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Rounds:
         self.passed.clear()
         while True:
             if self._heartbeats.ahead():
-                return {"verdict": "stale"}
+                return await self._as_it_went(contribution)
             problem = self._why_wait()
             if problem:
                 waited = time.monotonic() - started
@@ -86,6 +87,15 @@ class Rounds:
                     f"no group within {waited:.0f} s: {len(others)} other workers are visible; trying again"
                 )
                 return {"verdict": "no-group", "problem": problem}
+
+    async def _as_it_went(self, contribution: Contribution) -> Reply:
+        """The reply for a round that the others have ended. They may have what we sent before our network process died:
+        then it must not go a second time."""
+        past = await self._past(contribution.round) if contribution.was_sent else None
+        own = str(self._averager.peer_id)
+        if past is None or past.base_digest != contribution.base_digest or own not in past.contributors:
+            return {"verdict": "stale"}
+        return _reply("done", replace(past, undelivered=past.without(own, self._averager.codec)))
 
     def _why_wait(self) -> str:
         """Why there is nobody to meet, nor a reason to go on alone: that would be a run of our own. Else ""."""

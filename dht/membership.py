@@ -29,6 +29,7 @@ class Contribution:
     base_digest: bytes
     payload: bytes
     weight: float
+    was_sent: bool = False  # by a network process that died: the round may hold it already
 
 
 @dataclass(frozen=True)

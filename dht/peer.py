@@ -1,8 +1,8 @@
 """The network process of a worker: DHT node, averager and state transfer in one event loop.
 
-A worker starts it as a child (`dht/start.py`) and talks to it over the socket FD, which is also its
-lifeline: when the worker goes, however it goes, the socket closes and this process cleans up and ends. So training
-never shares a process with hivemind, never forks, and a crashed network process is simply started again.
+A worker starts it as a child (`dht/start.py`) and talks to it over the socket FD, which is also its lifeline: when
+the worker goes, however it goes, the socket closes and this process cleans up and ends. So training never shares a
+process with hivemind, never forks, and a crashed network process is simply started again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from dtrain.dht.passed_rounds import no_rounds
 from dtrain.dht.reachability import CLIENT, DIRECT, Witness
 from dtrain.dht.receipts import Receipts
 from dtrain.dht.streams import StreamError, in_background
+from dtrain.dht.swarm_clock import SwarmClock
 from dtrain.dht.swarm_view import view_of
 from dtrain.dht.terms import RunTerms
 from dtrain.dht.transfer import StateTransfer
@@ -55,7 +57,6 @@ COMMANDS = {
 REFUSALS = (TransportError, IdentityError, StreamError, NoSpace)  # their texts are for the user
 SHOW_PERIOD_S = 0.25
 LEAVE_S = 2.0  # longest wait for our last heartbeat on the way out
-
 Args = dict[str, Any]
 
 
@@ -64,8 +65,7 @@ class NetworkPeer:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self._worker = WorkerLine(reader, writer, REFUSALS)
-        self._traffic = Traffic()
-        self._private = Path()
+        self._traffic, self._private = Traffic(), Path()
         self._rendezvous_file: Path | None = None
         self._tasks: list[asyncio.Task[Any]] = []
         self._moved = ""
@@ -97,16 +97,18 @@ class NetworkPeer:
         self._private = Path(args["private_folder"])
         patch_hivemind(self._private, self._traffic)
         self._identity = identity = load_or_create(Path(args["identity"]))
-        wanted = {name: args[name] for name in ("host", "port", "announce", "passes_on", "relays", "strict")}
+        how = {name: args[name] for name in ("host", "port", "announce", "passes_on", "relays", "strict")}
+        through, before = args["initial_peers"], args["reach_before"]
+        (clock := SwarmClock()).install()
         self._connection = await attach(
-            identity, self._private, peers=args["initial_peers"], before=args["reach_before"], **wanted
+            identity, self._private, peers=through, before=before, clock=clock, **how
         )
         self._p2p, self._node = self._connection.p2p, self._connection.node
         # Without it we are deaf: end, and be restarted.
         in_background(self._p2p._child.wait()).add_done_callback(lambda _: self._worker.close())
         if self._connection.reach == DIRECT:
             await Witness(self._p2p, self._seen_addresses).open()
-            await Probe(self._p2p).open()
+            await Probe(self._p2p, clock).open()
         self._tasks += [
             asyncio.create_task(self._connection.keep(self._seen_addresses)),
             asyncio.create_task(self._watch_connection()),
@@ -245,7 +247,8 @@ class NetworkPeer:
     async def run_round(self, args: Args) -> Args:
         """Take part in a round; the reply's "verdict" is one of trainer/exchange.py's."""
         await self._opened.wait()  # after a restart the worker may ask before it has had us open the run
-        contribution = Contribution(args["round"], args["base_digest"], args["payload"], args["weight"])
+        fields = ("round", "base_digest", "payload", "weight", "was_sent")
+        contribution = Contribution(*(args[name] for name in fields))
         try:
             verdict = await within(self._averager.terms.longest_round_s, self._rounds.run(contribution))
         except Stuck:
@@ -311,16 +314,13 @@ class NetworkPeer:
         for task in self._tasks:
             task.cancel()
         try:
-            if self._receipts is not None and self._goodbye == "leaving":
-                await asyncio.wait_for(self._receipts.collect(), LEAVE_S)
-        except asyncio.TimeoutError:
-            pass  # somebody of the last rounds is gone
-        try:
-            if self._opened.is_set() and self._heartbeats.announced and not self._moved:
-                goodbye = self._heartbeats.announce({**self._heartbeats.status, "state": self._goodbye})
-                await asyncio.wait_for(goodbye, LEAVE_S)
-        except Exception:  # leaving anyway
-            pass
+            with suppress(asyncio.TimeoutError):  # somebody of the last rounds is gone
+                if self._receipts is not None and self._goodbye == "leaving":
+                    await asyncio.wait_for(self._receipts.collect(), LEAVE_S)
+            with suppress(Exception):  # leaving anyway
+                if self._opened.is_set() and self._heartbeats.announced and not self._moved:
+                    goodbye = self._heartbeats.announce({**self._heartbeats.status, "state": self._goodbye})
+                    await asyncio.wait_for(goodbye, LEAVE_S)
         finally:
             if self._rendezvous_file is not None:
                 self._rendezvous_file.unlink(missing_ok=True)

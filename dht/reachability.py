@@ -98,35 +98,44 @@ async def connect(p2p: P2P, peer_id: PeerID, addresses: Sequence[str]) -> bool:
 
 
 async def ask_witnesses(
-    scout: P2P, identity: Identity, port: int, peers: Mapping[str, Sequence[str]]
+    scout: P2P,
+    identity: Identity,
+    port: int,
+    peers: Mapping[str, Sequence[str]],
+    own: P2P | None = None,
 ) -> list[Finding]:
-    """Have peers ({peer id: its addresses}) dial `identity`'s daemon at TCP `port`.
+    """Have peers ({peer id: its addresses}) dial `identity`'s daemon at TCP `port`, which is `own`.
+
+    It dials them first: who has dialled it in vain while it was down waits ever longer before it tries again, and
+    forgets that when it is called.
 
     Peers that see us from this machine or its own network know little of the rest of the world: whom they suggest is
     asked too.
     """
     first = dict(list(outside_first(peers).items())[:MAX_WITNESSES])
-    found = await _ask_all(scout, identity, port, first)
+    found = await _ask_all(scout, identity, port, first, own)
     if not any(is_public(finding.seen) for finding in found):
         suggested = by_peer([address for finding in found for address in finding.others])
         more = {peer: suggested[peer] for peer in suggested if peer not in first and peer != identity.peer_id}
-        found += await _ask_all(scout, identity, port, dict(list(more.items())[:MAX_WITNESSES]))
+        found += await _ask_all(scout, identity, port, dict(list(more.items())[:MAX_WITNESSES]), own)
     return found
 
 
 async def _ask_all(
-    scout: P2P, identity: Identity, port: int, peers: Mapping[str, Sequence[str]]
+    scout: P2P, identity: Identity, port: int, peers: Mapping[str, Sequence[str]], own: P2P | None
 ) -> list[Finding]:
     answers = await asyncio.gather(
-        *(_ask(scout, identity, port, peer, addresses) for peer, addresses in peers.items())
+        *(_ask(scout, identity, port, peer, addresses, own) for peer, addresses in peers.items())
     )
     return [answer for answer in answers if answer is not None]
 
 
 async def _ask(
-    scout: P2P, identity: Identity, port: int, peer: str, addresses: Sequence[str]
+    scout: P2P, identity: Identity, port: int, peer: str, addresses: Sequence[str], own: P2P | None
 ) -> Finding | None:
     witness = PeerID.from_base58(peer)
+    if own is not None:
+        await connect(own, witness, addresses)
     if not await connect(scout, witness, addresses):
         return None
     request = pack_request(identity, port, witness.to_bytes(), scout.peer_id.to_bytes())

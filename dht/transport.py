@@ -36,6 +36,7 @@ RELAY_FLAGS = {
     "relayTimeLimit": "8760h",
     "relayBufferSize": 2**18,  # bytes per relayed connection and direction
 }
+MAX_TOLD = 4  # addresses in a line for the user
 DAEMON_IDLE_S = 5  # the daemon ends by itself when nobody has been connected to it for this long
 
 
@@ -215,7 +216,7 @@ async def start_daemon(
 def nobody_answers(peers: Sequence[str]) -> str:
     """A line for the user who gave these addresses."""
     return (
-        f"none of the given peers can be reached ({', '.join(peers)}): "
+        f"none of the given peers can be reached ({', '.join(peers[:MAX_TOLD])}): "
         "is that worker still running, and is its address right?"
     )
 

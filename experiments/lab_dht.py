@@ -1,7 +1,9 @@
 """`dtrain bench dht`: whether records are found in a DHT of many peers, of which a part has just been killed.
 
 The peers are as a worker's: a daemon and a node each, records signed and checked. Several share a process, and whole
-processes are killed, so that nobody says goodbye.
+processes are killed, so that nobody says goodbye; or they fall silent, as machines do whose power is cut: then nothing
+refuses a connection. Of the look-ups only as many are under way at a time as there are cores, since volunteers' peers
+do not share one machine's; each one's time is its own. Not modelled: the way between machines (all are on loopback).
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dtrain.experiments.demo_process import end_with_parent
+from dtrain.experiments.signals import signals_interrupt
 from dtrain.trainer.errors import RunError, UsageError
 
 PER_PROCESS = 4
@@ -34,29 +38,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the bench's flags."""
     parser.add_argument("--peers", type=int, default=64, help="default 64")
     parser.add_argument("--killed", type=float, default=0.25, help="share that is killed (default 0.25)")
+    parser.add_argument("--silent", action="store_true", help="a power cut: the killed fall silent")
     parser.add_argument("--looks", type=int, default=8, help="look-ups by each survivor (default 8)")
+    parser.add_argument(
+        "--at-once", type=int, metavar="N", help="look-ups under way at a time (default: one for each core)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the bench; prints the figures. 0 if 95 % of the look-ups end with the record within 2 s."""
-    if args.peers < 2 * PER_PROCESS or not 0 <= args.killed < 1 or args.looks < 1:
-        raise UsageError(f"--peers must be {2 * PER_PROCESS} at least, --killed below 1, --looks above 0")
+    at_once = args.at_once if args.at_once is not None else os.cpu_count() or 1
+    if args.peers < 2 * PER_PROCESS or not 0 <= args.killed < 1 or min(args.looks, at_once) < 1:
+        raise UsageError(
+            f"--peers must be {2 * PER_PROCESS} at least, --killed below 1, --looks and --at-once above 0"
+        )
     draw = random.Random(args.seed)
     with (
+        signals_interrupt(),
         tempfile.TemporaryDirectory(prefix="dtrain-dht-") as folder,
         _swarm(Path(folder), args.peers) as swarm,
     ):
         ids = [peer for group in _ask(swarm, {"post": True}) for peer in group]
         print(f"{len(ids)} peers are up and have stored a record each.", flush=True)
-        before = _look(swarm, draw.sample(ids, min(args.looks, len(ids))))
+        before = _look(swarm, draw.sample(ids, min(args.looks, len(ids))), at_once)
         # The first one is whom all others joined through: it goes first.
         dead = swarm[: max(1, round(args.killed * len(swarm)))] if args.killed else []
         for process in dead:
-            os.killpg(process.pid, signal.SIGKILL)
-        print(f"{PER_PROCESS * len(dead)} of them are killed.", flush=True)
-        after = _look(swarm[len(dead) :], draw.sample(ids, min(args.looks, len(ids))))
+            os.killpg(process.pid, signal.SIGSTOP if args.silent else signal.SIGKILL)
+        print(f"{PER_PROCESS * len(dead)} of them are {'silent' if args.silent else 'killed'}.", flush=True)
+        after = _look(swarm[len(dead) :], draw.sample(ids, min(args.looks, len(ids))), at_once)
     figures = {"peers": len(ids), "killed": PER_PROCESS * len(dead), "before": before, "after": after}
     for name, found in (("before", before), ("after", after)):
         print(
@@ -69,9 +81,9 @@ def run(args: argparse.Namespace) -> int:
     return 0 if after["share_in_time"] >= SHARE_IN_TIME else 1
 
 
-def _look(swarm: Sequence[subprocess.Popen[str]], whose: Sequence[str]) -> dict[str, Any]:
-    """What look-ups by all these peers at once came to."""
-    answers = _ask(swarm, {"look": whose, "patience_s": PATIENCE_S})
+def _look(swarm: Sequence[subprocess.Popen[str]], whose: Sequence[str], at_once: int) -> dict[str, Any]:
+    """What look-ups by all these peers came to."""
+    answers = _ask(swarm, {"look": whose, "patience_s": PATIENCE_S}, at_once)
     seconds = [found for group in answers for found in group]
     found = sorted(s for s in seconds if s is not None) or [PATIENCE_S]
     return {
@@ -83,13 +95,19 @@ def _look(swarm: Sequence[subprocess.Popen[str]], whose: Sequence[str]) -> dict[
     }
 
 
-def _ask(swarm: Sequence[subprocess.Popen[str]], command: dict[str, Any]) -> list[Any]:
-    """The answers of all processes, which work on it at once."""
-    for process in swarm:
+def _ask(
+    swarm: Sequence[subprocess.Popen[str]], command: dict[str, Any], at_once: int | None = None
+) -> list[Any]:
+    """The answers of all processes, of which so many (all) work on it at a time."""
+
+    def ask(process: subprocess.Popen[str]) -> Any:
         assert process.stdin is not None
         process.stdin.write(json.dumps(command) + "\n")
         process.stdin.flush()
-    return [_answer(process) for process in swarm]
+        return _answer(process)
+
+    with ThreadPoolExecutor(at_once or len(swarm)) as pool:
+        return list(pool.map(ask, swarm))
 
 
 def _answer(process: subprocess.Popen[str]) -> Any:

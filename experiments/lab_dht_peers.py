@@ -2,7 +2,7 @@
 
 Each has a daemon and a node of its own, as a worker has. Commands come as JSON lines, and each is answered by one:
 {"post": true}                       each stores its record
-{"look": [peer ids], "patience_s"}   each looks these peers' records up, in turn: seconds, or null for what is not found
+{"look": [peer ids], "patience_s"}   one after another looks these peers' records up: seconds, or null if not found
 """
 
 from __future__ import annotations
@@ -64,10 +64,7 @@ async def carry_out(made: Sequence[Connection], command: Mapping[str, Any]) -> A
         await asyncio.gather(*(notes.post(c.node, prefix(i), TOPIC, i.encode()) for c, i in pairs))
         return ids
 
-    async def each(connection: Connection) -> list[float | None]:
-        return [await look(connection, whose, command["patience_s"]) for whose in command["look"]]
-
-    return [seconds for found in await asyncio.gather(*map(each, made)) for seconds in found]
+    return [await look(c, whose, command["patience_s"]) for c in made for whose in command["look"]]
 
 
 async def serve(folder: Path, number: int, through: Sequence[str]) -> None:

@@ -134,7 +134,7 @@ def _round(number: int, digest: str, tokens: int, events: Sequence[Mapping[str, 
 def summarize(evidence: Evidence, *, began: float, seconds: float, clean: Mapping[str, Any]) -> Figures:
     """The scenario's figures; see the README of the lab's configs for what each means."""
     scenario, rounds = evidence.scenario, evidence.rounds
-    events = [_with_recovery(one, evidence, began) for one in evidence.happened]
+    events = [with_recovery(one, evidence, began) for one in evidence.happened]
     recoveries = [event["recovery_s"] for event in events if event["recovery_s"] is not None]
     lags = [event["recovery_rounds"] for event in events if event["recovery_rounds"] is not None]
     round_s = _round_s(rounds)
@@ -233,7 +233,7 @@ def _rounds_to_contribute(evidence: Evidence) -> int | None:
     return max(lags, default=None)
 
 
-def _with_recovery(one: Happened, evidence: Evidence, began: float) -> Figures:
+def with_recovery(one: Happened, evidence: Evidence, began: float) -> Figures:
     """The event, and how long until its worker was in a round again (or until the swarm completed one)."""
     since = one.undone_at if one.undone_at is not None else one.at
     name = one.planned.worker
@@ -241,13 +241,12 @@ def _with_recovery(one: Happened, evidence: Evidence, began: float) -> Figures:
     recovery: float | None = None
     lag: int | None = None
     if name and comes_back:
-        mine = [
-            event for event in evidence.of(name, "round") if event["own_included"] and event["time"] > since
-        ]
-        if mine:
-            recovery = mine[0]["time"] - since
-            before = [number.number for number in evidence.rounds if number.at <= since]
-            lag = mine[0]["round"] - max(before, default=0)
+        # Who thaws first says how the round ended that it was in.
+        done = max((number.number for number in evidence.rounds if number.at <= since), default=0)
+        mine = [event for event in evidence.of(name, "round") if event["own_included"]]
+        back = next((event for event in mine if event["time"] > since and event["round"] > done), None)
+        if back is not None:
+            recovery, lag = back["time"] - since, back["round"] - done
     else:
         wanted = evidence.scenario.lab.workers if one.planned.kind == "partition" else 1
         after = [r for r in evidence.rounds if r.at > since and r.contributors >= wanted]

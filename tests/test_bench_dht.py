@@ -25,7 +25,16 @@ def test_records_are_found_after_a_part_of_the_peers_is_killed(tmp_path: Path) -
     assert not [p for p in psutil.process_iter(["cmdline"]) if module in (p.info["cmdline"] or [])]
 
 
-@pytest.mark.parametrize("flags", [["--peers", "4"], ["--killed", "1"], ["--looks", "0"]])
+def test_silent_peers_hide_no_record(tmp_path: Path) -> None:
+    """Machines whose power is cut refuse no connection: look-ups wait for them, and find what there is."""
+    figures = tmp_path / "figures.json"
+    flags = ["--peers", "12", "--looks", "1", "--silent", "--at-once", "8"]
+    cli.main(["bench", "dht", *flags, "--json", str(figures)])
+    found = json.loads(figures.read_text())
+    assert (found["killed"], found["after"]["looks"], found["after"]["share_found"]) == (4, 8, 1.0)
+
+
+@pytest.mark.parametrize("flags", [["--peers", "4"], ["--killed", "1"], ["--looks", "0"], ["--at-once", "0"]])
 def test_what_cannot_be_measured_is_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "dht", *flags]) == 2
     assert "--peers must be 8 at least" in capsys.readouterr().err

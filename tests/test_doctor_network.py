@@ -81,8 +81,8 @@ def failed(found: dict[str, Check]) -> list[str]:
 
 def test_the_faults_of_a_network_are_told_apart(net: Internet, run: Swarm) -> None:
     """Each planted fault, and it alone, is found on a machine of its own: nothing comes in (a firewall, a router), a
-    clock 90 s ahead, nothing goes out, and last the bootstrap peer is dead. Who can only dial others may take part:
-    exit code 0 and a warning; the other faults end with 1."""
+    clock 90 s ahead, nothing goes out, and last the bootstrap peer is dead. Who can only dial others, or is told the
+    time by them, may take part: exit code 0 and a warning; the other faults end with 1."""
     public = begin(run, net)
     invite = invite_of(public)
 
@@ -100,7 +100,7 @@ def test_the_faults_of_a_network_are_told_apart(net: Internet, run: Swarm) -> No
 
     ahead = skew_environment(run.base / "skew", 90.0)
     code, found = doctor(run, net.host("ahead", "20.0.0.4"), invite, ahead)
-    assert (code, failed(found)) == (1, ["clock"]), found
+    assert (code, failed(found), found["clock"].status) == (0, [], WARN), found
     assert re.match(r"(89|90)\.\d s ahead", found["clock"].detail) and "set-ntp" in found["clock"].fix
 
     silent = net.host("silent", "20.0.0.5")

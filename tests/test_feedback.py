@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +13,7 @@ from dtrain.compression.codec import Codec
 from dtrain.compression.errors import CompressionError
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.feedback import ErrorFeedback
+from dtrain.trainer.keeping import Keeper
 from dtrain.trainer.manifest import preset_manifest
 
 SHAPES = [("matrix", (128, 64)), ("vector", (100,)), ("scalar", ())]
@@ -105,3 +110,20 @@ def test_a_diverged_worker_sends_nothing() -> None:
     with pytest.raises(CompressionError, match="vector"):
         feedback.encode(made, 0)
     assert torch.equal(feedback.state_dict()["feedback"], CODEC.error_feedback())
+
+
+def test_a_short_round_does_not_blow_up_what_a_reducer_owes(tmp_path: Path) -> None:
+    """Who comes late to a round sends one of a few tokens. What it owes elsewhere travels with the next payloads, which
+    are as heavy as all before: divided by the light one's weight it would count many times over."""
+    taken: list[float] = []
+    owed = torch.full((4,), 6144.0).numpy().tobytes()
+    stub: Any = SimpleNamespace(
+        release_residual=lambda all: (1, [(0, 1, owed)]),
+        residual_saved=lambda number: None,
+        take_over=lambda first, count, values: taken.append(float(values[0])),
+        **{"checkpoint_every": 0, "keep_checkpoints": 1, "checkpoint_to": "", "folder": tmp_path},
+    )
+    keeper = Keeper(stub, stub, stub, stub, stub, stub, stub, CODEC)
+    for tokens in (2048, 2048, 256, 0, 2048):
+        keeper.take_over_residual(tokens)
+    assert taken == [3.0] * 5

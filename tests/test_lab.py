@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from dtrain.experiments.lab_config import FIGURES
+from dtrain.experiments.lab_director import Happened
 from dtrain.experiments.lab_file import Scenario, load_scenario
-from dtrain.experiments.lab_schedule import schedule
-from dtrain.experiments.lab_summary import held
+from dtrain.experiments.lab_schedule import Planned, schedule
+from dtrain.experiments.lab_summary import Evidence, Round, held, with_recovery
 from dtrain.trainer.cli import main
 
 CONFIGS = Path(__file__).resolve().parent.parent / "experiments" / "configs" / "lab"
@@ -134,3 +137,17 @@ def test_bars() -> None:
         "recovery_s_max_at_most": 60,
     }
     assert [bar["ok"] for bar in held(figures, bars)] == [True, False, False]
+
+
+def test_recovery_counts_from_the_first_round_after_the_thaw() -> None:
+    """Who wakes first tells how the round ended that it was in when it froze: that is no recovery."""
+
+    def said(round: int, time: float) -> dict[str, object]:
+        return {"round": round, "time": time, "own_included": True}
+
+    rounds = [Round(n, 100.0 + 8 * n, 8, 2.0, 0, "", 0.0, 0.0, 1.0, 0.0) for n in range(1, 9)]
+    metrics = [said(4, 132.1), said(5, 150.1), said(8, 164.5)]
+    evidence = cast(Evidence, SimpleNamespace(rounds=rounds, of=lambda name, kind: metrics))
+    thawed = Happened(Planned("freeze", "worker-5", seconds=17.0), at=133.0, round=4, undone_at=150.0)
+    found = with_recovery(thawed, evidence, began=100.0)
+    assert (found["recovery_s"], found["recovery_rounds"], found["recovers"]) == (14.5, 2, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,6 +101,53 @@ def test_who_can_be_dialled_goes_on_alone() -> None:
     assert verdict(Others(), is_client=False)["verdict"] == "alone"
     gone = Others(record("a", "leaving"), record("b", "finished", reach="client"))
     assert verdict(gone, is_client=False)["verdict"] == "alone"
+
+
+@pytest.mark.parametrize(
+    ("was_sent", "contributors", "base", "expected"),
+    [
+        (True, ["me", "you"], bytes(32), "done"),
+        (True, ["you"], bytes(32), "stale"),  # nothing of ours arrived
+        (True, ["me", "you"], bytes(31) + b"x", "stale"),  # that round was on another theta
+        (False, ["me", "you"], bytes(32), "stale"),
+    ],
+)
+def test_what_was_sent_before_the_network_process_died_goes_once(
+    was_sent: bool, contributors: list[str], base: bytes, expected: str
+) -> None:
+    """The others have ended the round meanwhile: what they have of our payload is delivered, the rest comes back."""
+    codec = SimpleNamespace(
+        num_chunks=8, contributors=lambda aggregate: [(0, 1.0)] if aggregate == b"a" else []
+    )
+    members, spans = ["me", "you"], [[0, 4], [4, 4]]
+    past = RoundRecord(3, base, members, contributors, spans, [b"a", b"b"])
+
+    class Ahead(Others):
+        def ahead(self) -> list[PeerRecord]:
+            return self.records
+
+        def donors(self) -> list[PeerRecord]:
+            return self.records
+
+    class Remembers(Averager):
+        peer_id = "me"
+        terms = SimpleNamespace(matchmaking_s=0.6, run_tag=b"")
+
+        async def fetch_round(self, peer_id: str, round: int) -> RoundRecord:
+            return past
+
+    averager: Any = Remembers()
+    averager.codec = codec
+    rounds = Rounds(
+        averager,
+        Ahead(record("you")),  # type: ignore[arg-type]
+        is_client=False,
+        may_be_cut_off=lambda: False,
+        passed_folder=Path("nowhere"),
+    )
+    reply = asyncio.run(rounds.run(replace(CONTRIBUTION, was_sent=was_sent)))
+    assert reply["verdict"] == expected
+    assert expected == "stale" or (reply["undelivered"], reply["aggregates"]) == ([[4, 4]], [b"a", b"b"])
 
 
 def test_a_leader_that_comes_ends_the_wait() -> None:

@@ -10,12 +10,12 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from hivemind.p2p import P2P
+from hivemind.p2p import P2P, PeerID
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.dht import reachability
-from dtrain.dht.address_book import MAX_REMEMBERED, AddressBook
+from dtrain.dht.address_book import FILE, MAX_REMEMBERED, AddressBook
 from dtrain.dht.addresses import best_first, by_peer, ip_of
 from dtrain.dht.connection import Connection, attach
 from dtrain.dht.identity import Identity, load_or_create
@@ -85,6 +85,21 @@ def test_addresses_of_peers_that_are_gone_are_remembered() -> None:
     said = book.addresses()
     assert len(said) == MAX_REMEMBERED and said[-1] == f"place {2 * MAX_REMEMBERED - 1}"
     assert sum(address.startswith("place") for address in said) == 1
+
+
+def test_addresses_are_remembered_over_a_restart(tmp_path: Path) -> None:
+    """A machine whose power was cut finds back through whom it knew, though the maker of its invite is gone; a file
+    that is none, or one that cannot be written, does no harm."""
+    path = tmp_path / FILE
+    book = AddressBook(path)
+    book.hear("a", "address 1")
+    book.hear("a", "address 2")
+    book.hear("b", "address 3")
+    assert AddressBook(path).addresses() == ["address 2", "address 3"]
+    for spoiled in ("", "[1]", '{"a": 3}', "null", "\xff"):
+        path.write_text(spoiled)
+        assert AddressBook(path).addresses() == []
+    AddressBook(tmp_path / "nowhere" / FILE).hear("a", "address 1")
 
 
 @given(st.binary(max_size=200))
@@ -190,6 +205,24 @@ def test_the_network_of_each_connection_is_known(folder: Path) -> None:
         network = bytes([127, 0, 0])
         assert await networks(a) == {str(b.peer_id): network}
         assert await networks(b) == {str(a.peer_id): network}
+
+
+def test_who_was_dialled_in_vain_can_be_dialled_again(folder: Path) -> None:
+    """libp2p waits ever longer between two dials of a peer that does not answer: one that is started again would be
+    told that nobody can dial it."""
+
+    async def scenario(daemons: Daemons) -> None:
+        witness, _ = await daemons.start("witness")
+        await Witness(witness, list).open()
+        scout, _ = await daemons.start("scout", dialable=False)
+        identity, port = load_or_create(daemons.folder / "late.key"), free_port()
+        late = PeerID.from_base58(identity.peer_id)
+        for _ in range(3):
+            assert not await connect(witness, late, [f"/ip4/{SELF}/tcp/{port}"])
+        own = await start_daemon(identity, host=SELF, port=port)
+        daemons.all.append(own)
+        assert await ask_witnesses(scout, identity, port, await places(witness)) == [said(False, SELF)]
+        assert await ask_witnesses(scout, identity, port, await places(witness), own) == [said(True, SELF)]
 
     with_daemons(folder, scenario)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,8 +72,13 @@ class Watcher:
 
 
 @contextmanager
-def peer(folder: Path, through: list[str], newcomer_mbps: float = 0.0) -> Iterator[DhtExchange]:
-    """A peer that is in the run."""
+def peer(
+    folder: Path,
+    through: list[str],
+    newcomer_mbps: float = 0.0,
+    connected: Callable[[int], None] = lambda pid: None,
+) -> Iterator[DhtExchange]:
+    """A peer that is in the run; `connected` is called before, with its network process."""
     folder.mkdir()
     settings = PeerSettings(
         folder / "identity.key", "127.0.0.1", initial_peers=tuple(through), newcomer_mbps=newcomer_mbps
@@ -79,6 +86,7 @@ def peer(folder: Path, through: list[str], newcomer_mbps: float = 0.0) -> Iterat
     exchange = DhtExchange(settings)
     try:
         exchange.connect()
+        connected(exchange.process.pid)
         exchange.open_run(
             run_id="transfer",
             manifest=b"manifest",
@@ -116,6 +124,16 @@ def fetch(exchange: DhtExchange, watch: Watcher) -> State | None:
     return eventually(
         lambda: exchange.fetch_state(watch) or (watch.after and watch.then is None), "no state came", 60.0
     )
+
+
+def test_a_network_process_may_die_before_it_is_in_the_run(tmp_path: Path) -> None:
+    """As when the relay that it came through is gone at once: the next one enters the run, and nobody notices."""
+    with peer(tmp_path / "a", []) as first:
+        announce(first, "training", WORK, ROUND, DIGEST)
+        kill = lambda pid: os.kill(pid, signal.SIGKILL)  # noqa: E731
+        with peer(tmp_path / "b", first.addresses, connected=kill) as second:
+            announce(second, "training", WORK, ROUND, DIGEST)
+            eventually(lambda: first.swarm() and second.swarm(), "they do not see each other", 60.0)
 
 
 def kill_network(exchange: DhtExchange) -> None:

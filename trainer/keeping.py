@@ -5,6 +5,8 @@ how much of what it owes as a reducer is in that feedback, and what its payloads
 from __future__ import annotations
 
 import logging
+import statistics
+from collections import deque
 
 from dtrain.compression.codec import Codec
 from dtrain.compression.errors import PayloadError
@@ -21,6 +23,7 @@ from dtrain.trainer.sent import Ranges, Sent, SentLog, delivered
 from dtrain.trainer.settings import MachineSettings
 
 HANDED = "residual_handed"
+NUM_WEIGHTS = 5
 
 
 class Keeper:
@@ -45,7 +48,7 @@ class Keeper:
         self._store = CheckpointStore(settings.folder / "checkpoints", settings.keep_checkpoints)
         url = settings.checkpoint_to
         self._mirror = Mirror(url, settings.keep_checkpoints, report.say) if url else None
-        self._weight = 0  # of our newest payload, in tokens
+        self._weights: deque[int] = deque(maxlen=NUM_WEIGHTS)  # of our newest payloads, in tokens
         self._num_handed = 0  # of the residual's hand-overs that are in the feedback
 
     def restore(self, manifest_hash: bytes) -> bool:
@@ -102,14 +105,17 @@ class Keeper:
 
     def take_over_residual(self, tokens: int) -> None:
         """Our payload of that weight is through: what we owe as a reducer elsewhere goes with the next ones."""
-        self._weight = tokens or self._weight
-        if self._weight:
+        if tokens:
+            self._weights.append(tokens)
+        if self._weights:
             self._take_over(all=False)
             if not self._every:  # there will be no checkpoint
                 self._exchange.residual_saved(self._num_handed)
 
     def _take_over(self, *, all: bool) -> None:
-        self._num_handed = take_over_residual(self._exchange, self._feedback, self._weight, all=all)
+        # The next payloads weigh what most do: who came late to a round has just sent one of a few tokens.
+        weight = statistics.median(self._weights)
+        self._num_handed = take_over_residual(self._exchange, self._feedback, weight, all=all)
 
     def save_if_due(self) -> None:
         """A checkpoint every so many rounds."""
@@ -120,7 +126,7 @@ class Keeper:
         """A checkpoint now, unless the user wants none. Who leaves owes nothing as a reducer any more."""
         if not self._every:
             return
-        if leaving and self._weight:
+        if leaving and self._weights:
             self._take_over(all=True)
         tensors = {
             **self._outer.shared_tensors(),
