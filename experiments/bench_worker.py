@@ -41,15 +41,18 @@ def run_worker(folder: Path, flags: Sequence[str], timeout_s: float = 3600.0) ->
     command = [sys.executable, "-m", "dtrain.trainer.cli", "worker", "--run-id", "bench", "--name", "bench"]
     command += ["--folder", str(folder / "worker"), "--host", "127.0.0.1", "--no-lan", "--no-relay", *flags]
     env = {**os.environ, "DTRAIN_RUNTIME_DIR": str(folder / "runtime")}
-    began, peak, peak_trainer = time.monotonic(), 0, 0
+    began, highest, peak, peak_trainer = time.monotonic(), 0, 0, 0
     with signals_interrupt(), (folder / "worker.log").open("wb") as log:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
         watched = psutil.Process(process.pid)
         try:
             while process.poll() is None:
-                own = _memory(watched)
-                peak_trainer = max(peak_trainer, own)
-                peak = max(peak, own + sum(map(_memory, _children(watched))))
+                processes = [watched, *_children(watched)]
+                resident = sum(_resident(process) for process in processes)
+                if resident > highest:  # then it is worth the time to look at what is shared
+                    highest = resident
+                    own, *others = [_memory(process) for process in processes]
+                    peak_trainer, peak = max(peak_trainer, own), max(peak, own + sum(others))
                 if time.monotonic() - began > timeout_s:
                     raise RunError(f"the worker took longer than {timeout_s:.0f} s")
                 time.sleep(SAMPLE_S)
@@ -62,6 +65,13 @@ def run_worker(folder: Path, flags: Sequence[str], timeout_s: float = 3600.0) ->
         raise RunError(f"the worker ended with {process.returncode}: {' '.join(last)}")
     events = read_metrics(folder / "worker" / "metrics.jsonl")
     return WorkerRun(events, peak, peak_trainer, time.monotonic() - began)
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return 0
 
 
 def _memory(process: psutil.Process) -> int:
