@@ -41,6 +41,7 @@ EXTRAS = {
     "dashboard": "experiments/dashboard",
     "hf": "trainer/",
     "simulate": "experiments/",
+    "tasks": "trainer/harness.py",
     "wandb": "trainer/wandb_log",
 }
 """Extra -> where its libraries may be imported, by commands that tell who lacks them what to install."""

@@ -7,8 +7,9 @@ that are computed twice instead of kept.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -159,6 +160,12 @@ def autocast(device: torch.device, precision: str = "auto") -> AbstractContextMa
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def trim_heap() -> None:
+    """Give the system back what tensors have left free between each other, where the C library can (glibc)."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def device_peak_bytes(device: str) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.trainer import exact
-from dtrain.trainer.compute import Compute, autocast
+from dtrain.trainer.compute import Compute, autocast, trim_heap
 from dtrain.trainer.config import TrainConfig
 from dtrain.trainer.config_data import DataConfig
 from dtrain.trainer.data import Data
@@ -22,6 +22,7 @@ from dtrain.trainer.optimizers import make_optimizers
 DELTA = "delta"  # theta - local: the inner steps move the local weights
 GRADIENT = "gradient"  # the mean gradient at theta: the inner steps leave the weights alone
 
+LARGE = 10_000_000  # parameters, from which on memory is worth some milliseconds a round
 EVAL_TOKENS = 4096  # per pass: the logits of more would take more memory than training does
 TABLES = ("qmap1", "qmap2", "absmax1", "absmax2")
 """Parts of bitsandbytes' state whose shape is not the parameter's."""
@@ -92,7 +93,9 @@ class InnerLoop:
 
     def contribution(self, base: Tensor, local: FlatParameters) -> list[Tensor]:
         """See Inner."""
-        self._clear()  # the exchange needs their memory
+        self._clear()  # the exchange needs the memory
+        if local.flat.device.type == "cpu" and local.num_params >= LARGE:
+            trim_heap()
         return local.views(base.cpu() - local.flat.cpu())
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.trainer.config import ModelConfig
-from dtrain.trainer.loss import next_token_loss
+from dtrain.trainer.frugal import linear_of_square, next_token_loss
 
 ROPE_BASE = 10_000.0
 
@@ -122,8 +122,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]."""
-        out: Tensor = self.out(functional.relu(self.up(x)).square())
-        return out
+        x = functional.relu(self.up(x))
+        if torch.is_autocast_enabled(x.device.type):
+            out: Tensor = self.out(x.square())
+            return out
+        return linear_of_square(x, self.out.weight)
 
 
 def norm(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The loss of a large vocabulary without all its logits in memory at once.
+"""Parts of a model that keep less in memory for the backward pass than torch's own, for about the same time.
 
 The logits of 1,024 tokens over 50,257 words take 206 MB, and their gradient and probabilities as much again. Made some
 rows at a time, with the gradient in the same pass, they take what a few rows take, and no more arithmetic (the idea of
-arXiv 2410.10989 and 2411.09009).
+arXiv 2410.10989 and 2411.09009). A square is quicker made again than kept.
 """
 
 from __future__ import annotations
@@ -61,3 +61,22 @@ class _InPieces(torch.autograd.Function):
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * grad[0], grad_weight * grad[0], None, None
+
+
+def linear_of_square(x: Tensor, weight: Tensor) -> Tensor:
+    """x * x @ weight.T [..., out] of x [..., in] and weight [out, in]; of the two, x alone is kept."""
+    out: Tensor = _LinearOfSquare.apply(x, weight)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _LinearOfSquare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return functional.linear(x.square(), weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad_weight = grad[0].flatten(0, -2).t() @ x.square().flatten(0, -2)
+        return (grad[0] @ weight).mul_(x).mul_(2), grad_weight
