@@ -100,7 +100,7 @@ hf-test: setup
 	$(BIN)/pytest tests/test_models_hf.py tests/test_harness.py tests/test_bench_worker.py tests/test_compute.py -m "slow or not slow" $(TEST_ARGS)
 
 # Some of the lab's scenarios, under 15 minutes on a machine with two free cores: Linux, as root or with user namespaces.
-LAB := freeze partition kill-each-round nat
+LAB := freeze partition roam nat
 lab: setup
 	$(BIN)/pytest tests/test_lab_run.py -m netns
 	@for name in $(LAB); do $(BIN)/dtrain lab experiments/configs/lab/$$name.toml || exit 1; done
