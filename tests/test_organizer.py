@@ -113,8 +113,8 @@ def test_from_nothing_to_a_contribution(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Create, bootstrap, join: a volunteer with nothing but the invite, and a clock 90 s ahead, is shown the cost,
-    trains and contributes;
-    is steered from another terminal; and the bootstrap peer comes back at the same address as the same peer."""
+    trains and contributes; is steered from another terminal; and the bootstrap peer comes back at the same address as
+    the same peer."""
     here = ("--host", "127.0.0.1")
     processes = []
     try:
