@@ -137,7 +137,11 @@ class Compute:
     def describe(self) -> str:
         """What was chosen, in a few words."""
         size = f"{self.micro_batch} sequences a pass" if self.micro_batch else "passes as memory allows"
-        extra = [name for name, on in (("recomputing", self.recompute), ("compiled", self._compiled)) if on]
+        extra = [
+            name
+            for name, on in (("recomputing", self.recompute), ("compiled", self._compiled is not None))
+            if on
+        ]
         return ", ".join([self.precision, size, *extra])
 
 
