@@ -23,9 +23,7 @@ from dtrain.compression.screen import MIN_MEMBERS, REASONS, Section, judge, scal
 
 OPENED_BYTES = 256 * 1024  # of a residual, that one audit looks at; at least one unit
 LOOKED_BYTES = 1024 * 1024  # of a span's values, that a member compares with its own
-BYTES_SHARE = (
-    0.018  # of a round's bytes that signatures and audits may take on average: all defences together 3 %
-)
+BYTES_SHARE = 0.018  # of a round's bytes, for signatures and audits on average; all defences together: 3 %
 AUDITS_SHARE = 0.01  # that audits have in any case, however small the payloads beside the signatures
 SIGNATURE_BYTES = 220  # with each section and the aggregate that answers it (`dht/seals.py`)
 SUSPECTED_BY = 3.0  # members, on average, that audit a sum which looks wrong to them

@@ -46,12 +46,8 @@ from dtrain.trainer.suspicion import WORDS, Look, Suspicions
 LOOKED_AT = 16  # sequences of each of the two, for their losses
 DONE_AGAIN = 8  # for their gradient
 FORWARDS = 3  # that training on a sequence costs
-COST = 1.25 * (
-    6 * LOOKED_AT + 2 * FORWARDS * DONE_AGAIN
-)  # of a look, as measured with what is around the passes
-PAYLOADS = (
-    0.9  # a round with a share of 1: a round costs about two, and a share of 0.02 may take 1 % of its bytes
-)
+COST = 1.25 * (6 * LOOKED_AT + 2 * FORWARDS * DONE_AGAIN)  # of a look, with what is around the passes
+PAYLOADS = 0.9  # a round with a share of 1; a round costs about two, so 0.02 may take 1 % of its bytes
 KEPT_ROUNDS = 2  # after which a look has become too old
 LIMIT = 4.0  # of a score
 PASS_TOKENS = 1024  # at a time: all their logits are there at once
