@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from swarm_tools import eventually, swarm
+from swarm_tools import DEADLINE_S, eventually, swarm
 from test_admission import Machine, machines
 from test_heartbeats import STATUS, Network, network, play  # noqa: F401  (a fixture)
 from test_meeting import Others, record, verdict
@@ -260,6 +260,13 @@ def test_an_archive_needs_no_torch() -> None:
     code = f"import sys, {modules}, dtrain.trainer.state_layout, dtrain.trainer.control_server\n"
     code += "assert not {'torch', 'hivemind', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nobody_waits_for_the_pieces_any_more() -> None:
+    """Whoever asked is gone: the process that was to find them ends, whatever it is at."""
+    command = [sys.executable, "-m", "dtrain.trainer.state_layout", str(os.getppid())]  # not who starts it
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as asked:
+        assert asked.wait(DEADLINE_S) == 1
 
 
 def test_peers_are_remembered(tmp_path: Path) -> None:
