@@ -27,7 +27,7 @@ from dtrain.dht.reachability import (
     seen_at,
 )
 from dtrain.dht.records import SignedRecords
-from dtrain.dht.relay import relayed_addresses, start_relayed, start_relaying
+from dtrain.dht.relay import FIRST_PATIENCE_S, PATIENCE_S, relayed_addresses, start_relayed, start_relaying
 from dtrain.dht.roaming import LOOK_PERIOD_S, MachineWatch
 from dtrain.dht.streams import in_background
 from dtrain.dht.swarm_clock import SwarmClock, off_by
@@ -217,6 +217,7 @@ async def _try_reaches(
                 scout,
                 p2p,
                 lambda: start_daemon(identity, host=host, port=listening, passes_on=True),
+                patience_s=PATIENCE_S if known else FIRST_PATIENCE_S,
             )
         # Public addresses at which others reach us though they are not this machine's: its router forwards the port.
         seen = {finding.seen for finding in found if finding.reached and is_public(finding.seen)}

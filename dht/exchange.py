@@ -21,7 +21,7 @@ from dtrain.dht.state_files import Provider, State, StateFiles, Watch
 from dtrain.dht.terms import run_prefix
 from dtrain.dht.tokens import reason_text
 
-CONNECT_TIMEOUT_S = 60.0
+CONNECT_TIMEOUT_S = 180.0  # every step of it has a limit of its own
 OPEN_TIMEOUT_S = 600.0  # on a machine's first run the codec is compiled meanwhile
 RESTARTED_S = 10.0  # how long a round waits for a new network process before it says so
 DIED = "its process ended unexpectedly"

@@ -11,6 +11,7 @@ import pytest
 from hivemind.p2p import P2P
 from hypothesis import given
 from hypothesis import strategies as st
+from swarm_tools import DEADLINE_S
 
 from dtrain.dht import relay, varint
 from dtrain.dht.addresses import by_peer, to_multiaddr
@@ -33,7 +34,7 @@ def test_a_daemon_is_started_until_its_relay_carries_a_megabyte(monkeypatch: pyt
         scout = await start_daemon(load_or_create(folder / "scout.key"), host="127.0.0.1", port=0)
         other = await start_daemon(load_or_create(folder / "other.key"), host="127.0.0.1", port=0)
         try:
-            p2p = await start_relaying(identity, scout, await start(), start)
+            p2p = await start_relaying(identity, scout, await start(), start, DEADLINE_S)
             assert p2p is daemons[-1] and [d.is_alive for d in daemons] == [False] * (len(daemons) - 1) + [
                 True
             ]
@@ -41,6 +42,10 @@ def test_a_daemon_is_started_until_its_relay_carries_a_megabyte(monkeypatch: pyt
             assert await carries(scout, str(p2p.peer_id))
             monkeypatch.setattr(relay, "ENOUGH_BYTES", 2**60)
             assert not await carries(scout, str(p2p.peer_id))
+            impatient = start_relaying(identity, scout, p2p, start, patience_s=0.0)
+            assert (
+                await asyncio.wait_for(impatient, DEADLINE_S) is p2p and p2p.is_alive
+            )  # serves nobody, but works
 
             places = by_peer([str(address) for address in await other.get_visible_maddrs()])
             assert await connect(scout, other.peer_id, places[str(other.peer_id)])
