@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -18,6 +19,7 @@ from dtrain.experiments.sim_file import RunSpec, Sweep
 
 VARYING = ("strategy", "workers", "seed", "profile", "overlap", "inner_steps", "num_params")
 LINE_PERIOD_S = 10.0
+LABEL_WIDTH = 24  # of a run, that narrow terminals leave room for
 
 
 class Progress:
@@ -122,18 +124,26 @@ def to_target(loss: float, rounds: Sequence[Row]) -> Row:
 def print_table(sweep: Sweep, folder: ResultFolder, failed: Mapping[str, str], console: Console) -> None:
     """One line per label: the mean over its seeds, and half the distance between the extremes."""
     rows = folder.summary()["rows"]
-    table = Table(title=f"{sweep.name}: {sweep.description}".rstrip(": "), title_justify="left")
-    table.add_column("run")
+    table = Table(
+        title=f"{sweep.name}: {sweep.description}".rstrip(": "),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    longest = max([len(row["label"]) for row in rows], default=0)
+    table.add_column("run", overflow="fold", min_width=min(longest, LABEL_WIDTH))
     target = sweep.runs[0].simulate.target_loss
-    names = ["seeds", "tokens", "eval loss", "MB up/worker", "vs fp32 ring", "virtual time", "compute"]
-    if rows and "attackers_out" in rows[0]:
-        names.append("put out")
+    names = ["seeds", "tokens", "eval loss", "MB up", "vs fp32 ring", "virtual time", "compute"]
     for name in [*names, f"to loss {target:g}"] if target else names:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     labels = list(dict.fromkeys(row["label"] for row in rows))
     for label in labels:
         table.add_row(label, *_cells([row for row in rows if row["label"] == label]))
     console.print(table)
+    if rows and "attackers_out" in rows[0]:
+        for label in labels:
+            put_out = _put_out([row for row in rows if row["label"] == label])
+            console.print(f"Put out: {label}: {put_out}", markup=False, highlight=False)
     for text in _remarks(rows):
         console.print(text, highlight=False)
     for run, reason in failed.items():
@@ -160,7 +170,6 @@ def _cells(rows: Sequence[Row]) -> list[str]:
         ratio,
         f"{mean('virtual_time_s'):,.1f} s",
         f"{100 * mean('compute_share'):.1f} %",
-        *([_put_out(rows)] if "attackers_out" in rows[0] else []),
         *(target if "to_target" in rows[0] else []),
     ]
 

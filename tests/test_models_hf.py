@@ -169,6 +169,7 @@ def test_a_factory_makes_the_model_if_the_user_trusts_it(tmp_path: Path) -> None
 
 
 @pytest.mark.xdist_group("processes")
+@pytest.mark.timeout(400)
 def test_from_swarm_to_transformers_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three processes train a Llama from its config; exported, the library alone computes the same; then three others
     train adapters on that, and send kilobytes."""
