@@ -137,7 +137,7 @@ def swarm(run_id: str, base: Path) -> Iterator[Swarm]:
     made = Swarm(run_id, base)
     try:
         yield made
-    except Exception:
+    except BaseException:  # a test that takes too long ends with no Exception
         made.explain()
         raise
     finally:
