@@ -130,7 +130,7 @@ def print_table(sweep: Sweep, folder: ResultFolder, failed: Mapping[str, str], c
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
-    longest = max([len(row["label"]) for row in rows], default=0)
+    longest = max((len(row["label"]) for row in rows), default=0)
     table.add_column("run", overflow="fold", min_width=min(longest, LABEL_WIDTH))
     target = sweep.runs[0].simulate.target_loss
     names = ["seeds", "tokens", "eval loss", "MB up", "vs fp32 ring", "virtual time", "compute"]
