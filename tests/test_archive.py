@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +23,18 @@ from test_worker import quick_manifest
 from dtrain.compression.codec import Codec
 from dtrain.dht.archive import FetchedState
 from dtrain.dht.outcome import PeerView
+from dtrain.trainer import cli_archive
 from dtrain.trainer.archive import Archivist, Kept, StateFile
-from dtrain.trainer.cli_archive import remember, remembered
+from dtrain.trainer.cli_archive import ArchiveThread, remember, remembered
 from dtrain.trainer.estimate import Estimate
 from dtrain.trainer.exchange import Provider, Watch, is_archive
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.model import GPT
 from dtrain.trainer.outer_loop import OuterLoop
-from dtrain.trainer.state_layout import state_pieces
+from dtrain.trainer.signing import OrganizerKey
+from dtrain.trainer.state_layout import keep_pieces, recall_pieces, state_pieces
 from dtrain.trainer.strategies import STRATEGIES, make_strategy
+from dtrain.trainer.voice import Voice
 
 PIECES = [4, 4, 1]
 
@@ -267,6 +271,50 @@ def test_nobody_waits_for_the_pieces_any_more() -> None:
     command = [sys.executable, "-m", "dtrain.trainer.state_layout", str(os.getppid())]  # not who starts it
     with subprocess.Popen(command, stdin=subprocess.PIPE) as asked:
         assert asked.wait(DEADLINE_S) == 1
+
+
+def test_the_pieces_are_found_once(tmp_path: Path) -> None:
+    """They are kept for the next start; another run's, or nonsense on the disk, are none."""
+    manifest = quick_manifest()
+    assert recall_pieces(tmp_path, manifest) is None
+    keep_pieces(tmp_path, manifest, PIECES)
+    assert recall_pieces(tmp_path, manifest) == PIECES
+    assert recall_pieces(tmp_path, quick_manifest(train__inner_steps=7)) is None
+    for nonsense in ("{", "[]", "{}", '{"of": 1}', '{"pieces": [1]}'):
+        (tmp_path / "pieces.json").write_text(nonsense)
+        assert recall_pieces(tmp_path, manifest) is None
+    keep_pieces(tmp_path / "no such folder", manifest, PIECES)  # as on a full disk
+
+
+@dataclass
+class Run(Workers):
+    """The same, as a whole run that a bootstrap peer is to take part in."""
+
+    peer_id: str = "us"
+
+    def archive(self, *, pieces: list[int], **_: object) -> None:
+        assert pieces == PIECES and not self.said
+
+    def seen_addresses(self) -> list[str]:
+        return []
+
+
+def test_a_state_of_last_time_is_offered_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anybody reads the invite: who comes in the seconds that torch takes would begin the run anew."""
+    run, signed = Run(tmp_path), OrganizerKey.load_or_create(tmp_path / "key").sign(quick_manifest())
+    file = StateFile(tmp_path / "archive", PIECES)
+    run.stand_at(3)
+    file.put(run.fetch(None, above=0, wanted=30.0))  # type: ignore[arg-type]
+    keep_pieces(tmp_path, signed.manifest, PIECES)
+    monkeypatch.setattr(cli_archive, "ask_state_pieces", lambda *_: pytest.fail("asks torch"))
+    thread = ArchiveThread(run, signed, None, tmp_path, Voice(), Namespace(archive_every=300.0))  # type: ignore[arg-type]
+    thread.start()
+    try:
+        assert [status["round"] for status in run.said] == [3]
+    finally:
+        thread.stop()
 
 
 def test_peers_are_remembered(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtrain.trainer.cli_admission import admission_args, show_pass
 from dtrain.trainer.errors import UsageError
+from dtrain.trainer.state_layout import ask_state_pieces, keep_pieces, recall_pieces
 
 if TYPE_CHECKING:
     from dtrain.dht.archive import Archive
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 PEERS = "peers.json"
 LOOK_S = 1.0
 END_S = 1.0
+OFFER_S = 10.0
 STAGE = "Getting the run's state"
 MEGA = 1e6
 
@@ -60,13 +62,16 @@ class ArchiveThread:
     ):
         self._exchange, self._signed, self._invite, self._folder = exchange, signed, invite, folder
         self._voice, self._args = voice, args
-        self._stop = threading.Event()
+        self._stop, self._began = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="archive")
         self._file: StateFile | None = None
         self._trouble = ""
 
     def start(self) -> None:
+        """What is here from last time is offered before this returns: who came first would begin the run anew."""
         self._thread.start()
+        if recall_pieces(self._folder, self._signed.manifest) is not None:
+            self._began.wait(OFFER_S)
 
     def stop(self) -> None:
         """The thread ends by itself; with a download under way, when the exchange closes."""
@@ -91,6 +96,8 @@ class ArchiveThread:
             if not self._stop.is_set():
                 self._voice.say(f"The run's state is not kept here: {error}.")
             return
+        finally:
+            self._began.set()
         while not self._stop.wait(LOOK_S):
             archivist.look()
             remember(self._folder, self._exchange.seen_addresses())
@@ -98,11 +105,13 @@ class ArchiveThread:
     def _open(self) -> StateFile:
         """Take part in the run as one that keeps its state."""
         from dtrain.trainer.archive import StateFile
-        from dtrain.trainer.state_layout import ask_state_pieces
 
         signed, manifest, exchange = self._signed, self._signed.manifest, self._exchange
         shown = show_pass(manifest, self._invite, exchange.peer_id, self._folder)
-        pieces = ask_state_pieces(signed.to_json(), self._stop)
+        pieces = recall_pieces(self._folder, manifest)
+        if pieces is None:
+            pieces = ask_state_pieces(signed.to_json(), self._stop)
+            keep_pieces(self._folder, manifest, pieces)
         exchange.archive(
             run_id=manifest.run_id,
             manifest=signed.to_json().encode(),

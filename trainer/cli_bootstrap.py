@@ -136,13 +136,13 @@ def _serve(
     control.describe = describe
     server = ControlServer(run_id, NAME, control, voice, rendezvous.folder() / "control")
     stack.callback(server.close)
-    voice.say(f"Keeping {run_id} reachable. {REACH_LINES[exchange.reach]} Ctrl-C ends it.")
-    voice.say(f"Others join with:\n  dtrain join {text}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     if keeper is not None:
         keeper.start()
         stack.callback(keeper.stop)
+    voice.say(f"Keeping {run_id} reachable. {REACH_LINES[exchange.reach]} Ctrl-C ends it.")
+    voice.say(f"Others join with:\n  dtrain join {text}")
     while not stop.wait(LOOK_S) and not control.finishing:
         pass
     return 0

@@ -10,6 +10,9 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
 from subprocess import PIPE, Popen, TimeoutExpired
 from typing import TYPE_CHECKING
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from dtrain.trainer.manifest import Manifest
 
 LOOK_S = 0.2
+NOTE = "pieces.json"
 
 
 def state_pieces(manifest: Manifest) -> list[int]:
@@ -66,6 +70,25 @@ def ask_state_pieces(signed_manifest: str, stop: threading.Event) -> list[int]:
     except ValueError:
         reasons = said.strip().splitlines() or ["the model cannot be built here"]
         raise UsageError(reasons[-1]) from None
+
+
+def recall_pieces(folder: Path, manifest: Manifest) -> list[int] | None:
+    """What `keep_pieces` kept there of this manifest, by this version of dtrain; None if nothing."""
+    try:
+        kept = json.loads((folder / NOTE).read_text())
+        return [int(length) for length in kept["pieces"]] if kept["of"] == _name_of(manifest) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def keep_pieces(folder: Path, manifest: Manifest, pieces: list[int]) -> None:
+    """Spare the next start the seconds, on a small machine the minute, in which newcomers would find nothing there."""
+    with suppress(OSError):  # a full disk costs that time and nothing else
+        (folder / NOTE).write_text(json.dumps({"of": _name_of(manifest), "pieces": pieces}) + "\n")
+
+
+def _name_of(manifest: Manifest) -> str:
+    return f"{manifest.hash.hex()} {version('dtrain')}"
 
 
 def _end_with(asker: int) -> None:
