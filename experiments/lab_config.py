@@ -31,6 +31,7 @@ FIGURES = (
     "round_s_median",
     "round_time_over_clean",
     "round_time_over_plan",
+    "exchange_time_over_plan",
     "recovery_s_max",
     "recovery_rounds_max",
     "rounds_to_contribute_max",

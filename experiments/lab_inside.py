@@ -23,12 +23,13 @@ from dtrain.experiments import lab, lab_clean
 from dtrain.experiments.lab_config import Place
 from dtrain.experiments.lab_director import Director, Stuck
 from dtrain.experiments.lab_enter import reap, settle_in
+from dtrain.experiments.lab_evidence import Evidence
 from dtrain.experiments.lab_file import Scenario
 from dtrain.experiments.lab_gauges import Gauges
 from dtrain.experiments.lab_places import BOOTSTRAP, NamespacePlaces, Places
 from dtrain.experiments.lab_plot import plot_timeline
 from dtrain.experiments.lab_schedule import schedule
-from dtrain.experiments.lab_summary import Evidence, Figures, held, result_rows, summarize
+from dtrain.experiments.lab_summary import Figures, held, result_rows, summarize
 from dtrain.experiments.lab_swarm import LabSwarm
 from dtrain.experiments.lab_table import LabTable
 from dtrain.experiments.results import FORMAT, ResultFolder, write_json
@@ -171,6 +172,8 @@ def _finish(figures: Figures, scenario: Scenario, args: argparse.Namespace, cons
         console.print(f"{name:<24} {figures[name]}", highlight=False)
     for name in ("eval_loss", "clean_eval_loss", "round_s_median", "round_time_over_plan", "recovery_s_max"):
         console.print(f"{name:<24} {figures[name]}", highlight=False)
+    for name in ("exchange_s", "exchange_time_over_plan"):
+        console.print(f"{name:<24} {figures.get(name)}", highlight=False)
     accounting = figures["accounting"]
     told = ", ".join(
         f"{accounting[k]} {k}" for k in ("payloads", "delivered", "returned", "discarded", "unknown")

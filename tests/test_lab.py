@@ -11,9 +11,10 @@ import pytest
 
 from dtrain.experiments.lab_config import FIGURES
 from dtrain.experiments.lab_director import Happened
+from dtrain.experiments.lab_evidence import Evidence, Round
 from dtrain.experiments.lab_file import Scenario, load_scenario
 from dtrain.experiments.lab_schedule import Planned, schedule
-from dtrain.experiments.lab_summary import Evidence, Round, held, with_recovery
+from dtrain.experiments.lab_summary import held, with_recovery
 from dtrain.trainer.cli import main
 
 CONFIGS = Path(__file__).resolve().parent.parent / "experiments" / "configs" / "lab"
@@ -145,7 +146,7 @@ def test_recovery_counts_from_the_first_round_after_the_thaw() -> None:
     def said(round: int, time: float) -> dict[str, object]:
         return {"round": round, "time": time, "own_included": True}
 
-    rounds = [Round(n, 100.0 + 8 * n, 8, 2.0, 0, "", 0.0, 0.0, 1.0, 0.0) for n in range(1, 9)]
+    rounds = [Round(n, 100.0 + 8 * n, 8, 2.0, 0, "", 0.0, 0.0, 0.0, 1.0, 0.0) for n in range(1, 9)]
     metrics = [said(4, 132.1), said(5, 150.1), said(8, 164.5)]
     evidence = cast(Evidence, SimpleNamespace(rounds=rounds, of=lambda name, kind: metrics))
     thawed = Happened(Planned("freeze", "worker-5", seconds=17.0), at=133.0, round=4, undone_at=150.0)

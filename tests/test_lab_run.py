@@ -86,6 +86,7 @@ def test_a_small_scenario(tmp_path: Path) -> None:
     assert summary["accounting"]["payloads"] >= 15 and summary["accounting"]["violations"] == []
     assert [event["kind"] for event in summary["events"]] == ["freeze"]
     assert summary["eval_loss"] and summary["clean_eval_loss"] and summary["round_time_over_plan"] > 0.9
+    assert summary["exchange_s"] and summary["exchange_time_over_plan"]
     assert (tmp_path / "out" / "timeline.png").stat().st_size > 10_000
     results = Results(tmp_path / "out")
     (shown,) = results.folders()
