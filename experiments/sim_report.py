@@ -140,10 +140,9 @@ def print_table(sweep: Sweep, folder: ResultFolder, failed: Mapping[str, str], c
     for label in labels:
         table.add_row(label, *_cells([row for row in rows if row["label"] == label]))
     console.print(table)
-    if rows and "attackers_out" in rows[0]:
-        for label in labels:
-            put_out = _put_out([row for row in rows if row["label"] == label])
-            console.print(f"Put out: {label}: {put_out}", markup=False, highlight=False)
+    for label in labels:
+        if attacked := [row for row in rows if row["label"] == label and "attackers_out" in row]:
+            console.print(f"Put out: {label}: {_put_out(attacked)}", markup=False, highlight=False)
     for text in _remarks(rows):
         console.print(text, highlight=False)
     for run, reason in failed.items():

@@ -275,6 +275,16 @@ def test_attackers_are_put_out_and_training_goes_on(tmp_path: Path) -> None:
     assert row["eval_loss"] < undefended["eval_loss"]
 
 
+def test_who_was_put_out_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each label that had hostile members, also where the first had none."""
+    variants = "[[variants]]\nlabel = 'clean'\n[[variants]]\nlabel = 'hostile'\n"
+    attack = "attack = { kind = 'zero', attackers = 1, audits = true }\n"
+    path = write_file(tmp_path, variants + attack, (("workers = 3", "workers = 6"),))
+    assert cli.main(["simulate", str(path), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("Put out:") == 1 and "Put out: hostile: 1 by round 3 (empty); 0 of 20 honest" in said
+
+
 @pytest.mark.parametrize("kind", ATTACKS)
 def test_every_attack_holds_to_the_wire(kind: str, tmp_path: Path) -> None:
     """Each kind does something, and honest workers end with one theta whatever it is."""
