@@ -46,6 +46,9 @@ class Row:
     """uniform (random numbers) or real (deltas of a training)."""
     encode_ns_per_param: float
     decode8_ns_per_param: float
+    encode_gain: float
+    """How many times as fast as with the first number of threads."""
+    decode8_gain: float
     bits_per_coefficient: float
     """Everything included."""
     floor_bits_per_coefficient: float
@@ -74,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=_numbers, default=[1], metavar="N,…", help="CPU threads (default 1)"
     )
-    parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="timed rounds (default 5)")
+    parser.add_argument("--repetitions", type=int, default=9, metavar="N", help="timed rounds (default 9)")
     parser.add_argument(
         "--rounds", type=int, default=12, metavar="N", help="of the training (default 12; 0: none)"
     )
@@ -103,12 +106,8 @@ def run(args: argparse.Namespace) -> int:
             for transform in args.transform:
                 for k in args.k:
                     spec = CodecSpec(k=k, value_bits=args.value_bits, transform=transform)
-                    for threads in args.threads:
-                        torch.set_num_threads(threads)
-                        rows += _measure(spec, shapes, deltas, args, name, threads)
-                        console.print(
-                            f"measured {name}, {transform}, k = {k}, threads = {threads}", style="dim"
-                        )
+                    rows += _measure(spec, shapes, deltas, args, name)
+                    console.print(f"measured {name}, {transform}, k = {k}", style="dim")
     finally:
         torch.set_num_threads(threads_before)
     console.print(_table(rows))
@@ -144,13 +143,15 @@ def _real(args: argparse.Namespace, console: Console) -> tuple[Shapes, Deltas]:
 
 
 def _measure(
-    spec: CodecSpec, shapes: Shapes, deltas: Deltas, args: argparse.Namespace, data: str, threads: int
+    spec: CodecSpec, shapes: Shapes, deltas: Deltas, args: argparse.Namespace, data: str
 ) -> list[Row]:
     kernels: list[Kernel] = [ReferenceKernel(exact=False)]
     if pick.kernel(args.device).name != "reference":
         kernels.insert(0, pick.kernel(args.device))
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    timings = bench_codec_measure.time_all(spec, shapes, deltas, kernels, args.repetitions, clock)
+    timings = bench_codec_measure.time_all(
+        spec, shapes, deltas, kernels, args.threads, args.repetitions, clock
+    )
     codec = Codec(spec, shapes, kernel=kernels[0])
     payload = bench_codec_measure.payloads_of(codec, deltas)[-1]
     bits = bench_codec_measure.bits_per_coefficient(codec, payload)
@@ -166,11 +167,14 @@ def _measure(
             data=data,
             encode_ns_per_param=timing.encode_ns_per_param,
             decode8_ns_per_param=timing.decode8_ns_per_param,
+            encode_gain=timing.encode_gain,
+            decode8_gain=timing.decode8_gain,
             bits_per_coefficient=bits,
             floor_bits_per_coefficient=bench_codec_measure.floor_bits(spec),
             entropy_bits_per_coefficient=entropy,
         )
-        for name, timing in timings.items()
+        for threads, found in timings.items()
+        for name, timing in found.items()
     ]
 
 
@@ -204,18 +208,12 @@ def _table(rows: Sequence[Row]) -> Table:
 def _gains(rows: Sequence[Row], machine: dict[int, dict[str, float]]) -> list[str]:
     """What more threads gained over the first number of them, beside what this machine's cores could give."""
     kernel = next(row.kernel for row in rows if row.kernel != "floor")
-    fast = [row for row in rows if row.kernel == kernel]
-    first = {(row.data, row.transform, row.k): row for row in reversed(fast)}
-    lines = []
-    for row in fast:
-        one = first[row.data, row.transform, row.k]
-        if row.threads > one.threads:
-            encode = one.encode_ns_per_param / row.encode_ns_per_param
-            decode = one.decode8_ns_per_param / row.decode8_ns_per_param
-            lines.append(
-                f"{row.data}, {row.transform}, k = {row.k}: {row.threads} threads encode {encode:.2f}×, "
-                f"decode {decode:.2f}× as fast as {one.threads}."
-            )
+    lines = [
+        f"{row.data}, {row.transform}, k = {row.k}: {row.threads} threads encode {row.encode_gain:.2f}×, "
+        f"decode {row.decode8_gain:.2f}× as fast as {rows[0].threads}."
+        for row in rows
+        if row.kernel == kernel and row.threads > rows[0].threads
+    ]
     for threads, gain in machine.items():
         lines.append(
             f"This machine's own gain with {threads} threads: {gain['arithmetic']:.2f}× for vector arithmetic in "

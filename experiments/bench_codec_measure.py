@@ -23,10 +23,13 @@ Shapes = Sequence[tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over the repetitions, in nanoseconds per parameter."""
+    """Medians over the repetitions."""
 
     encode_ns_per_param: float
     decode8_ns_per_param: float
+    encode_gain: float
+    """How many times as fast as with the first number of threads, which had its turn just before."""
+    decode8_gain: float
 
 
 def payloads_of(codec: Codec, deltas: Sequence[Sequence[torch.Tensor]]) -> list[bytes]:
@@ -43,10 +46,12 @@ def time_all(
     shapes: Shapes,
     deltas: Sequence[Sequence[torch.Tensor]],
     kernels: Sequence[Kernel],
+    threads: Sequence[int],
     repetitions: int,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Timing]:
-    """Time every kernel and the memory floor (m = d * m + g, one pass) side by side; keys: kernel names and "floor".
+) -> dict[int, dict[str, Timing]]:
+    """Time every kernel and the memory floor (m = d * m + g, one pass) side by side, with each number of threads by
+    turns; keys: threads, then kernel names and "floor".
 
     Encoding includes the check for NaN, selection, packing and the error feedback; decoding sums 8 payloads into
     tensors that exist already.
@@ -67,16 +72,27 @@ def time_all(
     for name, codec in codecs.items():
         contestants[f"encode {name}"] = _encode(codec, deltas[-1], feedbacks[name])
         contestants[f"decode {name}"] = _decode(codec, union, outputs)
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for repetition in range(repetitions + 1):
-        for name, work in contestants.items():
+    seconds: dict[tuple[str, int], list[float]] = {(name, n): [] for name in contestants for n in threads}
+    for _ in range(repetitions):
+        for (name, count), found in seconds.items():
+            torch.set_num_threads(count)
+            contestants[name]()  # compiles, and wakes the cores that it needs: the one before may have had one
             start = clock()
-            work()
-            if repetition:  # the first round warms caches and compiles
-                seconds[name].append(clock() - start)
-    ns = {name: statistics.median(values) * 1e9 / first.num_params for name, values in seconds.items()}
-    found = {name: Timing(ns[f"encode {name}"], ns[f"decode {name}"]) for name in codecs}
-    return {"floor": Timing(ns["floor"], ns["floor"]), **found}
+            contestants[name]()
+            found.append(clock() - start)
+
+    def timing(encode: str, decode: str, count: int) -> Timing:
+        ns = [statistics.median(seconds[name, count]) * 1e9 / first.num_params for name in (encode, decode)]
+        pairs = [zip(seconds[name, threads[0]], seconds[name, count]) for name in (encode, decode)]
+        return Timing(*ns, *(statistics.median(one / more for one, more in pair) for pair in pairs))
+
+    return {
+        count: {
+            "floor": timing("floor", "floor", count),
+            **{name: timing(f"encode {name}", f"decode {name}", count) for name in codecs},
+        }
+        for count in threads
+    }
 
 
 def _encode(codec: Codec, tensors: Sequence[torch.Tensor], feedback: torch.Tensor) -> Callable[[], object]:

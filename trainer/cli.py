@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -57,6 +58,9 @@ GROUPS = {
         "simulate": ("dtrain.experiments.simulate", "compare strategies over a modelled network"),
     },
 }
+SPINS = "3000"
+"""How often GNU OpenMP's threads look for more work before they sleep, 0.2 ms: torch's would spin through the first
+20 ms of the codec, which then has one core of two. Training has the same speed (experiments/LOG.md)."""
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 DESCRIPTION = """\
@@ -71,6 +75,8 @@ Train a language model together with others, over ordinary internet links.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake is one line on stderr and exit code 2."""
     args = parse(list(sys.argv[1:] if argv is None else argv))
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is imported
 
     from dtrain.trainer.errors import DtrainError
 

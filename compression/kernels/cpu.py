@@ -34,9 +34,7 @@ Ints = npt.NDArray[np.int64]
 Result = TypeVar("Result")
 
 PART_ELEMENTS = 1 << 18  # elements of a part, which a thread takes at a time
-PARTS_PER_THREAD = (
-    4  # at least: starting a thread takes as long as a part, and torch's threads still spin then
-)
+PARTS_PER_THREAD = 4  # at least: starting a thread takes as long as a part
 TILE_ELEMENTS = 1 << 20  # elements of sources in another format that are converted at a time
 _NO_SOURCE = np.zeros(0, np.int64)
 
@@ -99,8 +97,8 @@ class CpuKernel:
         sizes = np.asarray([tensors[index].numel() for index in plain], np.int64)
         addresses = np.asarray([tensors[index].data_ptr() for index in plain], np.int64)
         bad, counter = np.zeros(len(plain), np.uint8), np.zeros(1, np.int64)
-        num_parts = int((-(-sizes // PART_ELEMENTS)).sum())
-        _in_threads(num_parts, lambda: _plain_loops()[2](addresses, sizes, PART_ELEMENTS, counter, bad))
+        whole_parts = int(sizes.sum()) // PART_ELEMENTS  # many small tensors are no work for two threads
+        _in_threads(whole_parts, lambda: _plain_loops()[2](addresses, sizes, PART_ELEMENTS, counter, bad))
         for place, index in enumerate(plain):
             good[index] = not bad[place]
         others = sorted(set(range(len(tensors))) - set(plain))
