@@ -76,9 +76,8 @@ def time_all(
     for _ in range(repetitions):
         for (name, count), found in seconds.items():
             torch.set_num_threads(count)
-            contestants[
-                name
-            ]()  # compiles, and wakes the cores that it needs: the one before may have had one
+            # Not timed: it compiles, and wakes the cores that it needs, of which the one before may have had one.
+            contestants[name]()
             start = clock()
             contestants[name]()
             found.append(clock() - start)
