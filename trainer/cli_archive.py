@@ -62,6 +62,7 @@ class ArchiveThread:
     ):
         self._exchange, self._signed, self._invite, self._folder = exchange, signed, invite, folder
         self._voice, self._args = voice, args
+        self._pieces = recall_pieces(folder, signed.manifest)
         self._stop, self._began = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="archive")
         self._file: StateFile | None = None
@@ -70,7 +71,7 @@ class ArchiveThread:
     def start(self) -> None:
         """What is here from last time is offered before this returns: who came first would begin the run anew."""
         self._thread.start()
-        if recall_pieces(self._folder, self._signed.manifest) is not None:
+        if self._pieces is not None:
             self._began.wait(OFFER_S)
 
     def stop(self) -> None:
@@ -108,7 +109,7 @@ class ArchiveThread:
 
         signed, manifest, exchange = self._signed, self._signed.manifest, self._exchange
         shown = show_pass(manifest, self._invite, exchange.peer_id, self._folder)
-        pieces = recall_pieces(self._folder, manifest)
+        pieces = self._pieces
         if pieces is None:
             pieces = ask_state_pieces(signed.to_json(), self._stop)
             keep_pieces(self._folder, manifest, pieces)
