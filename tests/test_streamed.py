@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -318,23 +317,6 @@ def test_data_without_text_ends_with_a_line(tmp_path: Path) -> None:
     manifest = manifest_for(path)
     with pytest.raises(RunError, match="no text in its column 'text'"):
         take(opened(manifest, path), 1, manifest)
-
-
-def test_an_error_in_the_thread_reaches_who_waits() -> None:
-    """Batches are made in a thread; what fails there must not hang the training. A stop ends the waiting."""
-
-    def failing() -> Iterator[int]:
-        yield 1
-        raise RunError("broken")
-
-    ahead = iter(Ahead(failing, threading.Event()))
-    assert next(ahead) == 1
-    with pytest.raises(RunError, match="broken"):
-        next(ahead)
-    stop = threading.Event()
-    waiting = Ahead(lambda: iter(()), stop)
-    threading.Timer(0.1, stop.set).start()
-    assert list(waiting) == []
 
 
 def test_a_swarm_trains_on_streamed_data(tmp_path: Path) -> None:

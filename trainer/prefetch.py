@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 DEPTH = 6
 POLL_S = 0.1
+EXIT_S = 5.0
 
 
 class Ahead(Generic[T]):
@@ -19,6 +22,7 @@ class Ahead(Generic[T]):
         self._queue: queue.Queue[T | BaseException] = queue.Queue(DEPTH)
         self._stop, self._closed = stop, threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(make,), name="prefetch", daemon=True)
+        _running.add(self)
         self._thread.start()
 
     def _fill(self, make: Callable[[], Iterator[T]]) -> None:
@@ -28,6 +32,8 @@ class Ahead(Generic[T]):
                     return
         except BaseException as error:
             self._put(error)
+        finally:
+            _running.discard(self)
 
     def _put(self, item: T | BaseException) -> bool:
         while not (self._closed.is_set() or self._stop.is_set()):
@@ -52,6 +58,23 @@ class Ahead(Generic[T]):
     def close(self) -> None:
         """Make no more."""
         self._closed.set()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the item that is being made; a source that does not answer may take longer."""
+        self._thread.join(timeout_s)
+
+
+_running: set[Ahead[Any]] = set()
+
+
+@atexit.register
+def _end_all() -> None:
+    """However the process ends: a thread that is in torch when the interpreter goes would abort it."""
+    running, deadline = list(_running), time.monotonic() + EXIT_S
+    for ahead in running:
+        ahead.close()
+    for ahead in running:
+        ahead.join(max(0.0, deadline - time.monotonic()))
 
 
 class RoundsAhead(Generic[T]):
