@@ -22,6 +22,7 @@ from dtrain.dht.partial_state import PartialState, Standing, sha256
 from dtrain.dht.passed_rounds import PassedRounds
 from dtrain.dht.state_donor import BUSY
 from dtrain.dht.streams import Call, Refused, StreamError, ask
+from dtrain.dht.watchdog import end
 
 MAX_HELD = 4  # states that one donor may name
 MAX_ROUNDS = 2**40
@@ -93,9 +94,7 @@ class StateFetch:
                 if self._failure is not None:
                     raise self._failure
         finally:
-            for task in (keeping_up, *team.values()):
-                task.cancel()
-            await asyncio.gather(keeping_up, *team.values(), return_exceptions=True)
+            await end(keeping_up, *team.values())
         return standing if self._is_done() else None
 
     def _is_done(self) -> bool:
@@ -176,9 +175,7 @@ class StateFetch:
             try:
                 await asyncio.gather(*lanes)
             finally:
-                for lane in lanes:
-                    lane.cancel()
-                await asyncio.gather(*lanes, return_exceptions=True)
+                await end(*lanes)
         except asyncio.CancelledError:
             raise
         except Malformed as error:

@@ -9,6 +9,8 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 STEP_S = 1.0
+AGAIN_S = 0.2  # between two tries to cancel a task
+TRIES = 50
 
 Result = TypeVar("Result")
 
@@ -36,6 +38,24 @@ async def within(limit_s: float, work: Coroutine[Any, Any, Result]) -> Result:
         logging.error("not over after %.0f s; where each task stands:\n%s", limit_s, _stacks())
         raise Stuck(f"not over after {limit_s:.0f} s")
     return task.result()
+
+
+async def end(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel the tasks until they have ended, one way or another; what does not end in ten seconds is left behind.
+
+    Once is not enough: up to Python 3.11 `asyncio.wait_for` swallows a cancellation that comes at the moment at which
+    what it waits for is done, and who works in a loop then goes on with it. Not for tasks that must tidy up at length.
+    """
+    for _ in range(TRIES):
+        rest = {task for task in tasks if not task.done()}
+        if not rest:
+            break
+        for task in rest:
+            task.cancel()
+        await asyncio.wait(rest, timeout=AGAIN_S)
+    for task in tasks:
+        if task.done() and not task.cancelled():
+            task.exception()  # whoever ends a task does not ask how it went
 
 
 def _stacks() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from transfer_tools import (
 )
 
 from dtrain.dht import partial_state, state_fetch, streams
-from dtrain.dht.history import KEPT_ROUNDS
+from dtrain.dht.history import KEPT_ROUNDS, RoundRecord
 from dtrain.dht.partial_state import NoSpace, PartialState
 from dtrain.dht.passed_rounds import PassedRounds
 
@@ -174,6 +175,28 @@ def test_a_download_may_take_longer_than_peers_keep_rounds(
             assert record is not None and record.aggregates == [bytes([round % 256]) * 9]
         passed.clear()
         assert list((tmp_path / "in" / "passed").iterdir()) == []
+
+    asyncio.run(scenario())
+
+
+def test_a_download_ends_though_a_cancellation_is_lost(tmp_path: Path) -> None:
+    """As `asyncio.wait_for` loses it up to Python 3.11: all was there, and who kept passed rounds went on for ever."""
+
+    class Deaf(Newcomer):
+        def newest(self) -> int:
+            return AT_NINE.round + 1
+
+        async def past_round(self, round: int) -> RoundRecord | None:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(60.0)
+            return None
+
+    async def scenario() -> None:
+        newcomer = Deaf(tmp_path / "in", {"a": Donor(tmp_path)})
+        fetching = asyncio.create_task(newcomer.fetch())
+        await asyncio.wait({fetching}, timeout=20.0)
+        assert fetching.done() and fetching.result() == AT_NINE
+        assert newcomer.received == STATE
 
     asyncio.run(scenario())
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 
 import pytest
 
 from dtrain.dht import watchdog
-from dtrain.dht.watchdog import Stuck, within
+from dtrain.dht.watchdog import Stuck, end, within
 
 
 def test_what_ends_in_time_is_handed_on() -> None:
@@ -74,3 +75,30 @@ def test_who_waits_no_more_takes_the_work_along() -> None:
         return waiting.cancelled()
 
     assert asyncio.run(run())
+
+
+def test_tasks_end_however_they_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that loses a cancellation is cancelled again, one that fails is over, one that never ends is left behind."""
+    monkeypatch.setattr(watchdog, "AGAIN_S", 0.01)
+    monkeypatch.setattr(watchdog, "TRIES", 5)
+
+    async def deaf(times: int) -> None:
+        for _ in range(times):
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+        await asyncio.Event().wait()
+
+    async def fails() -> None:
+        raise ValueError
+
+    async def run() -> list[bool]:
+        tasks = [asyncio.create_task(work) for work in (deaf(0), deaf(2), fails(), deaf(10))]
+        await asyncio.sleep(0)
+        await end(*tasks)
+        over = [task.done() for task in tasks]
+        for _ in range(10):  # so that this loop ends
+            tasks[3].cancel()
+            await asyncio.sleep(0)
+        return over
+
+    assert asyncio.run(run()) == [True, True, True, False]
