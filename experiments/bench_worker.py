@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ class WorkerRun:
 
     events: Sequence[Mapping[str, Any]]
     peak_bytes: int
-    """Most memory that its processes held at one moment."""
+    """`peak_trainer_bytes`, and the most that the others held beside what they share with it."""
     peak_trainer_bytes: int
-    """Of that, the process that trains."""
+    """Most memory that the process which trains held, libraries included."""
     seconds: float
 
     def of(self, kind: str) -> list[Mapping[str, Any]]:
@@ -41,18 +42,14 @@ def run_worker(folder: Path, flags: Sequence[str], timeout_s: float = 3600.0) ->
     command = [sys.executable, "-m", "dtrain.trainer.cli", "worker", "--run-id", "bench", "--name", "bench"]
     command += ["--folder", str(folder / "worker"), "--host", "127.0.0.1", "--no-lan", "--no-relay", *flags]
     env = {**os.environ, "DTRAIN_RUNTIME_DIR": str(folder / "runtime")}
-    began, highest, peak, peak_trainer = time.monotonic(), 0, 0, 0
+    began, trainer, others = time.monotonic(), 0, 0
     with signals_interrupt(), (folder / "worker.log").open("wb") as log:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
         watched = psutil.Process(process.pid)
         try:
             while process.poll() is None:
-                processes = [watched, *_children(watched)]
-                resident = sum(_resident(process) for process in processes)
-                if resident > highest:  # then it is worth the time to look at what is shared
-                    highest = resident
-                    own, *others = [_memory(process) for process in processes]
-                    peak_trainer, peak = max(peak_trainer, own), max(peak, own + sum(others))
+                trainer = max(trainer, _most_resident(watched))
+                others = max(others, sum(_own(process) for process in _children(watched)))
                 if time.monotonic() - began > timeout_s:
                     raise RunError(f"the worker took longer than {timeout_s:.0f} s")
                 time.sleep(SAMPLE_S)
@@ -64,23 +61,27 @@ def run_worker(folder: Path, flags: Sequence[str], timeout_s: float = 3600.0) ->
         last = (folder / "worker.log").read_text(errors="replace").strip().splitlines()[-1:]
         raise RunError(f"the worker ended with {process.returncode}: {' '.join(last)}")
     events = read_metrics(folder / "worker" / "metrics.jsonl")
-    return WorkerRun(events, peak, peak_trainer, time.monotonic() - began)
+    return WorkerRun(events, trainer + others, trainer, time.monotonic() - began)
 
 
-def _resident(process: psutil.Process) -> int:
+def _most_resident(process: psutil.Process) -> int:
+    """Most bytes that it held so far by the kernel's count, which misses no short peak (Linux); elsewhere now."""
     try:
+        with suppress(OSError):
+            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
         return int(process.memory_info().rss)
     except psutil.Error:
         return 0
 
 
-def _memory(process: psutil.Process) -> int:
-    """Bytes that it takes; of what it shares with others, such as libraries, its part, where the system tells."""
+def _own(process: psutil.Process) -> int:
+    """Bytes that it holds beside what it shares with others, such as libraries, which the trainer's figure has."""
     try:
-        info = process.memory_full_info()
+        return int(process.memory_full_info().uss)
     except psutil.Error:
         return 0
-    return int(getattr(info, "pss", info.rss))
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
