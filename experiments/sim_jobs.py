@@ -12,6 +12,7 @@ import queue
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +78,7 @@ def run_all(
     jobs: int,
     report: Report,
 ) -> None:
-    """Simulate these runs of a sweep. However it ends, no process is left."""
+    """Simulate these runs of a sweep. However it ends, no process and no temporary file is left."""
     if jobs == 1:
         for spec in specs:
             run_one(spec, sweep.data, folder, report)
@@ -113,7 +114,10 @@ def _processes(
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """Processes that simulate, and threads that put what they say into `events`."""
     command = [sys.executable, "-m", __spec__.name, str(config), str(folder.path), str(seeds)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    scratch = tempfile.TemporaryDirectory(
+        prefix="dtrain-simulate-"
+    )  # theirs, who are killed in the midst of it
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": scratch.name}
     processes: list[subprocess.Popen[str]] = []
     threads = []
     try:
@@ -140,6 +144,7 @@ def _processes(
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     pipe.close()
+        scratch.cleanup()
 
 
 def _listen(process: subprocess.Popen[str], events: queue.Queue[Any]) -> None:

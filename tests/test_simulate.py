@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 from pathlib import Path
 
@@ -203,6 +204,24 @@ def test_processes_give_the_same_as_one(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "one/summary.json").read_text())["rows"]
     assert [row["seed"] for row in rows] == [0, 1]
     assert rows[0]["digest"] != rows[1]["digest"] and rows[0]["label"] == rows[1]["label"]
+
+
+def test_an_interruption_leaves_no_folder_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that are killed in the midst of a run cannot clean up after themselves: the one that began them does."""
+    scratch, seen = tmp_path / "scratch", list[Path]()
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    path = write_file(tmp_path)
+    sweep = load_sweep(path, seeds=2)
+
+    def interrupts(event: object) -> None:
+        seen.extend(scratch.rglob("dtrain-sim-*"))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sim_jobs.run_all(sweep, path, 2, ResultFolder(tmp_path / "out"), sweep.runs, 2, interrupts)
+    assert seen and not list(scratch.iterdir())
 
 
 def test_a_run_that_fails_does_not_end_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
