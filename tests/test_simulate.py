@@ -207,7 +207,7 @@ def test_processes_give_the_same_as_one(tmp_path: Path) -> None:
 
 
 def test_an_interruption_leaves_no_folder_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that are killed in the midst of a run cannot clean up after themselves: the one that began them does."""
+    """Processes that are killed in the midst of a run cannot clean up after themselves: who began them does."""
     scratch, seen = tmp_path / "scratch", list[Path]()
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
