@@ -114,9 +114,8 @@ def _processes(
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """Processes that simulate, and threads that put what they say into `events`."""
     command = [sys.executable, "-m", __spec__.name, str(config), str(folder.path), str(seeds)]
-    scratch = tempfile.TemporaryDirectory(
-        prefix="dtrain-simulate-"
-    )  # theirs, who are killed in the midst of it
+    # Theirs, who are killed in the midst of it.
+    scratch = tempfile.TemporaryDirectory(prefix="dtrain-simulate-")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": scratch.name}
     processes: list[subprocess.Popen[str]] = []
     threads = []
