@@ -63,7 +63,8 @@ def test_newcomers_and_the_digest_have_the_momentum_too(name: str, tmp_path: Pat
         threads.start("a", max_rounds=4, checkpoint_every=1)
         threads.join()
         threads.start("a")
-        late = threads.start("b")
+        eventually(lambda: len(threads.events("a", "joined")) == 2, "it never came back")
+        late = threads.start("b")  # not before: it would find nobody and begin a run of its own
         eventually(lambda: num_shared_rounds(threads) >= 3, "they never met")
         late.stop("enough")
         threads.workers["a"].stop("enough")
