@@ -9,6 +9,9 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dtrain.compression.errors import PayloadError
 from dtrain.compression.spec import CodecSpec
 
@@ -18,14 +21,15 @@ PAYLOAD, UNION, RECOMPRESSED = 1, 2, 3  # kinds
 # Why a reducer has left a member out of a recompressed sum: what the section says beside the others' (screen.py), that
 # it breaks the format, that it came too late.
 REFUSALS = ("norm", "empty", "against", "malformed", "late")
+_REFUSAL_WEIGHTS = tuple(-1.0 - place for place in range(len(REFUSALS)))  # in place of tokens
 RUN_TAG_BYTES = 8
 CODEC_ID_BYTES = 8
 MAX_ROUND = 2**32 - 1
 MAX_CONTRIBUTORS = 2**16 - 1
 _HEADER = struct.Struct("<4sBBH8s8sIIIIQ")
-_CONTRIBUTOR = struct.Struct("<Hd")
+_CONTRIBUTOR = np.dtype([("index", "<u2"), ("weight", "<f8")])
 HEADER_BYTES = _HEADER.size
-CONTRIBUTOR_BYTES = _CONTRIBUTOR.size
+CONTRIBUTOR_BYTES = _CONTRIBUTOR.itemsize
 _CHECKSUM_AT = 36  # offset of the checksum in the header
 MIN_WEIGHT, MAX_WEIGHT = (
     1e-9,
@@ -128,8 +132,8 @@ def pack_contributors(
     """Index and weight of each contributor, ascending by index: u16 and f64 each. Among them whoever is `refused`
     {index: one of REFUSALS}, with a weight of -1, -2, ...
     """
-    codes = {index: -1.0 - REFUSALS.index(reason) for index, reason in (refused or {}).items()}
-    return b"".join(_CONTRIBUTOR.pack(*entry) for entry in sorted([*contributors, *codes.items()]))
+    codes = {index: _REFUSAL_WEIGHTS[REFUSALS.index(reason)] for index, reason in (refused or {}).items()}
+    return np.array(sorted([*contributors, *codes.items()]), _CONTRIBUTOR).tobytes()
 
 
 def unpack_contributors(head: Header, body: memoryview) -> tuple[list[tuple[int, float]], memoryview]:
@@ -139,29 +143,32 @@ def unpack_contributors(head: Header, body: memoryview) -> tuple[list[tuple[int,
     that does not exist).
     """
     found, rest = _entries(head, body)
-    contributors = [(index, weight) for index, weight in found if weight > 0]
-    if not contributors:
+    contributors = found[found["weight"] > 0]
+    if not contributors.size:
         raise PayloadError("bad-contributors", "an aggregate names at least one contributor")
-    return contributors, rest
+    return contributors.tolist(), rest
 
 
 def unpack_refused(head: Header, body: memoryview) -> dict[int, str]:
     """Whom the reducer has refused, and why. Raises what `unpack_contributors` does."""
-    return {index: REFUSALS[-int(weight) - 1] for index, weight in _entries(head, body)[0] if weight < 0}
+    found = _entries(head, body)[0]
+    return {index: REFUSALS[-int(weight) - 1] for index, weight in found[found["weight"] < 0].tolist()}
 
 
-def _entries(head: Header, body: memoryview) -> tuple[list[tuple[int, float]], memoryview]:
-    size = head.num_contributors * _CONTRIBUTOR.size
+def _entries(head: Header, body: memoryview) -> tuple[NDArray[np.void], memoryview]:
+    size = head.num_contributors * CONTRIBUTOR_BYTES
     if len(body) < size:
         raise PayloadError(
             "bad-length", f"{len(body)} bytes are too few for {head.num_contributors} contributors"
         )
-    found = list(_CONTRIBUTOR.iter_unpack(body[:size]))
-    for position, (index, weight) in enumerate(found):
-        if position and index <= found[position - 1][0]:
-            raise PayloadError("bad-contributors", f"index {index} after {found[position - 1][0]}")
-        is_refusal = head.kind == RECOMPRESSED and -weight in range(1, len(REFUSALS) + 1)
-        if not (MIN_WEIGHT <= weight <= MAX_WEIGHT or is_refusal):
+    found = np.frombuffer(body, _CONTRIBUTOR, head.num_contributors)
+    indices, weights = found["index"], found["weight"]
+    descents = np.flatnonzero(indices[1:] <= indices[:-1])
+    if descents.size:
+        at = descents[0]
+        raise PayloadError("bad-contributors", f"index {indices[at + 1]} after {indices[at]}")
+    for index, weight in found[~((weights >= MIN_WEIGHT) & (weights <= MAX_WEIGHT))].tolist():
+        if head.kind != RECOMPRESSED or weight not in _REFUSAL_WEIGHTS:
             raise PayloadError("bad-contributors", f"weight {weight} of contributor {index} is out of range")
     return found, body[size:]
 

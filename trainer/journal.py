@@ -43,13 +43,6 @@ class Journal(Protocol):
     def write(self, kind: str, **fields: Any) -> None: ...
 
 
-class NoJournal:
-    """For workers that keep none."""
-
-    def write(self, kind: str, **fields: Any) -> None:
-        pass
-
-
 class SignedJournal:
     """Appends to a file. `sign` gives the signature of the owner of `peer_id`.
 
@@ -92,20 +85,24 @@ class SignedJournal:
 
 
 class Books:
-    """What a worker's loop tells its journal."""
+    """What a worker's loop tells its journal; without one, nothing is written down."""
 
-    def __init__(self, journal: Journal, outer: OuterLoop, codec: Codec):
+    def __init__(self, journal: Journal | None, outer: OuterLoop, codec: Codec):
         self._journal, self._outer, self._codec = journal, outer, codec
 
     def note(self, kind: str) -> None:
         """An entry that says where the worker stands: loaded, stands, saved or left."""
-        self._journal.write(kind, round=self._outer.round, digest=self._outer.digest.hex())
+        if self._journal is not None:
+            self._journal.write(kind, round=self._outer.round, digest=self._outer.digest.hex())
 
     def made(self, payload: bytes, round: int, base: bytes, tokens: int) -> None:
-        self._journal.write("made", round=round, base=base.hex(), payload=hash_of(payload), tokens=tokens)
+        if self._journal is not None:
+            self._journal.write("made", round=round, base=base.hex(), payload=hash_of(payload), tokens=tokens)
 
     def settled(self, outcome: Outcome, payload: bytes, returned: Sequence[tuple[int, int]]) -> None:
         """The outer step, if there is one, is taken."""
+        if self._journal is None:
+            return
         is_applied = outcome.verdict in (DONE, ALONE)
         self._journal.write(
             "settled",

@@ -123,15 +123,17 @@ class Recheck:
             return
         if free_memory_bytes() < NEEDED * self._outer.state.theta_flat.nbytes:
             return
-        steps, train = self._steps(outcome), self._manifest.train
-        views = {view.peer_id: view for view in self._exchange.swarm() if can_be_called(view)}
-        others = sorted(steps.keys() & views.keys())
+        train = self._manifest.train
         place = f"{self._manifest.hash.hex()}\n{training.round}\n{self._outer.digest.hex()}"
         label = f"recheck\n{place}\n{self._exchange.peer_id}"
         affordable = FORWARDS * (training.tokens / train.seq_len) / COST
         chance = self._share * min(affordable, PAYLOADS)
-        is_enough = training.tokens >= LOOKED_AT * train.seq_len
-        if not others or not is_enough or draw(label) >= chance * 2.0**64:
+        if training.tokens < LOOKED_AT * train.seq_len or draw(label) >= chance * 2.0**64:
+            return
+        steps = self._steps(outcome)
+        views = {view.peer_id: view for view in self._exchange.swarm() if can_be_called(view)}
+        others = sorted(steps.keys() & views.keys())
+        if not others:
             return
         peer_id = self._choose(label, others)
         lane = views[peer_id].status.get("lane")

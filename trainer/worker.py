@@ -25,7 +25,7 @@ from dtrain.trainer.feedback import ErrorFeedback, Feedback
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.gathering import stay_for_the_rest, wait_for_start
 from dtrain.trainer.inner import evaluate, make_inner
-from dtrain.trainer.journal import Books, Journal, NoJournal
+from dtrain.trainer.journal import Books, Journal
 from dtrain.trainer.keeping import Keeper
 from dtrain.trainer.manifest import Manifest
 from dtrain.trainer.metrics import Metrics
@@ -78,7 +78,7 @@ class Worker:
                 lambda error, scale: metrics.write("audit", error=error, scale=scale),
             )
         self.outer = OuterLoop(manifest, self.local, self.codec, self.strategy)
-        self.books = Books(journal or NoJournal(), self.outer, self.codec)
+        self.books = Books(journal, self.outer, self.codec)
         self.compute = make_compute(
             self.model,
             others,
