@@ -19,8 +19,10 @@ from dtrain.trainer.strategies import make_strategy
 SAMPLE_SHAPE = (1024, 512)  # 128 chunks of 4096
 RUN = bytes(8)
 FP32 = 4
-# Bytes per parameter on the worker: local weights, gradients, theta, decoded mean; two moments of AdamW; feedback.
-WEIGHTS, GRADIENTS, THETA, MEAN, MOMENTS, FEEDBACK = FP32, FP32, FP32, FP32, 2 * FP32, FP32
+# Bytes per parameter on the worker: local weights, gradients, theta, decoded mean, feedback; the moments of AdamW, and
+# of Muon, which has one for all but the tables.
+WEIGHTS, GRADIENTS, THETA, MEAN, FEEDBACK = FP32, FP32, FP32, FP32, FP32
+MOMENTS = {"adamw": 2 * FP32, "adamw8bit": 2, "muon": FP32}
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,13 @@ def bytes_per_param(manifest: Manifest) -> float:
 
 
 def aggregate_bytes_per_param(manifest: Manifest) -> float:
-    """The same of a recompressed aggregate."""
+    """The same of a recompressed aggregate, of so many workers that each of its values is taken by one."""
     codec, payload = _sample(manifest)
     place = (0, codec.num_chunks)
+    residual = codec.residual(*place).normal_(generator=torch.Generator().manual_seed(1))
     aggregate = codec.reduce(
         [(0, 1.0, payload)],
-        residual=codec.residual(*place),
+        residual=residual,
         run=RUN,
         round=0,
         first_chunk=place[0],
@@ -114,5 +117,5 @@ def memory_per_param(manifest: Manifest) -> float:
     strategy = make_strategy(manifest, [("sample", SAMPLE_SHAPE)])
     shared = sum(tensor.numel() for tensor in strategy.shared_state().values()) * FP32
     own = WEIGHTS + GRADIENTS + THETA + MEAN + FEEDBACK + shared / (SAMPLE_SHAPE[0] * SAMPLE_SHAPE[1])
-    inner = MOMENTS if strategy.collects == DELTA else FP32  # gradients are summed up instead
+    inner = MOMENTS[manifest.train.optimizer] if strategy.collects == DELTA else FP32  # gradients are summed up instead
     return own + inner

@@ -15,6 +15,7 @@ from dtrain.trainer.errors import UsageError
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.inner import GradientLoop, InnerLoop
 from dtrain.trainer.model import GPT
+from dtrain.trainer.muon import Muon, orthogonal
 from dtrain.trainer.optimizers import OPTIMIZERS
 from dtrain.trainer.outer import digest_of
 
@@ -62,23 +63,11 @@ def test_muon_leaves_embeddings_and_vectors_to_adamw() -> None:
     assert [p.shape for p in second] == [loop.model.embedding.weight.shape]
 
 
-@pytest.mark.parametrize(
-    ("name", "missing", "line"),
-    [
-        ("adamw8bit", "bitsandbytes.optim", r"pip install 'dtrain\[adamw8bit\]'"),
-        ("muon", "", r"pip install 'torch>=2.9'"),
-    ],
-)
-def test_what_is_missing_gets_one_line(
-    name: str, missing: str, line: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A user without the library is told what to type."""
-    if missing:
-        monkeypatch.setitem(sys.modules, missing, None)
-    else:
-        monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(UsageError, match=line) as raised:
-        InnerLoop(GPT(SHAPE), replace(TRAIN, optimizer=name))
+def test_a_missing_library_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without bitsandbytes is told what to type."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UsageError, match=r"pip install 'dtrain\[adamw8bit\]'") as raised:
+        InnerLoop(GPT(SHAPE), replace(TRAIN, optimizer="adamw8bit"))
     assert "\n" not in str(raised.value)
 
 
@@ -98,3 +87,37 @@ def test_gradients_add_up_to_their_mean_and_leave_the_weights_alone() -> None:
     joint = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(ours, joint, atol=1e-6, rtol=1e-4)
     assert not any(bool(tensor.any()) for tensor in loop.contribution(flat.flat, flat))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64), (64, 1), (1, 1)])
+def test_muon_makes_matrices_orthogonal(shape: tuple[int, int]) -> None:
+    """Singular values of a well-conditioned matrix come near one, the singular vectors stay; nothing comes of nothing."""
+    left, _, right = torch.linalg.svd(
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False
+    )
+    matrix = left @ torch.diag(torch.linspace(0.3, 3.0, min(shape))) @ right
+    ours = torch.diagonal(left.T @ orthogonal(matrix) @ right.T)
+    assert 0.65 < float(ours.min()) and float(ours.max()) < 1.25
+    across = left.T @ orthogonal(matrix) @ right.T - torch.diag(ours)
+    assert float(across.abs().max()) < 1e-4
+    assert not bool(orthogonal(torch.zeros(shape)).any())
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (192, 192)])
+def test_muon_takes_the_steps_of_torchs_own(shape: tuple[int, int]) -> None:
+    """Weights and saved state after three steps are torch's, but for what its bf16 rounds away."""
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=draw)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    mine = Muon([ours], lr=0.02, weight_decay=0.1)
+    torchs = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        ours.grad = torch.randn(shape, generator=draw)
+        theirs.grad = ours.grad.clone()
+        mine.step()
+        torchs.step()
+    off, moved = (ours - theirs).detach().norm(), (ours - start).detach().norm()
+    assert float(off / moved) < 0.02
+    buffers = (o.state[p]["momentum_buffer"] for o, p in ((mine, ours), (torchs, theirs)))
+    torch.testing.assert_close(*buffers, rtol=0, atol=1e-6)

@@ -11,17 +11,14 @@ from torch.optim import Optimizer
 
 from dtrain.trainer.config import TrainConfig
 from dtrain.trainer.errors import UsageError
+from dtrain.trainer.muon import Muon
 
 EPSILON = 1e-8
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     """AdamW (arXiv 1711.05101); matrices decay, vectors do not."""
-    trained = _trained(model)
-    fused = all(p.device.type in ("cpu", "cuda") for p in trained)
-    groups = _groups(trained, config)
-    betas = (config.beta1, config.beta2)
-    return [torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=EPSILON, fused=fused)]
+    return [_adamw(_trained(model), config)]
 
 
 def adamw8bit(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
@@ -37,27 +34,15 @@ def adamw8bit(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
 
 
 def muon(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
-    """Muon (arXiv 2502.16982) for the hidden matrices, AdamW for embeddings and vectors.
-
-    Muon's updates are scaled to AdamW's usual size, so one learning rate serves both. UsageError if torch has none.
-    """
-    if not hasattr(torch.optim, "Muon"):
-        raise UsageError(
-            f"train.optimizer = muon needs torch 2.9, this is {torch.__version__}: type pip install 'torch>=2.9'"
-        )
+    """Muon (arXiv 2502.16982) for the hidden matrices, AdamW for embeddings and vectors, at one learning rate."""
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     hidden = [p for p in _trained(model) if p.ndim == 2 and id(p) not in tables]
     others = [p for p in _trained(model) if p.ndim != 2 or id(p) in tables]
     found: list[Optimizer] = []
     if hidden:
-        found.append(
-            torch.optim.Muon(
-                hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
+        found.append(Muon(hidden, lr=config.lr, weight_decay=config.weight_decay))
     if others:
-        betas = (config.beta1, config.beta2)
-        found.append(torch.optim.AdamW(_groups(others, config), lr=config.lr, betas=betas, eps=EPSILON))
+        found.append(_adamw(others, config))
     return found
 
 
@@ -81,6 +66,12 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> Sequence[Optimizer
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def _adamw(parameters: list[nn.Parameter], config: TrainConfig) -> Optimizer:
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(_groups(parameters, config), lr=config.lr, betas=betas, eps=EPSILON, fused=fused)
 
 
 def _groups(parameters: Iterable[nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ class Ddp(Strategy):
     defaults = MappingProxyType(
         {
             "train.inner_steps": 1,
+            "train.optimizer": "adamw",  # none: gradients are collected
             "codec.kind": "dense",
             "codec.dense_bits": 32,
             "strategy.feedback_decay": 1.0,

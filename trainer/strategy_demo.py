@@ -25,6 +25,7 @@ class Demo(Strategy):
     defaults = MappingProxyType(
         {
             "train.inner_steps": 1,
+            "train.optimizer": "adamw",  # none: gradients are collected
             "codec.transform": "dct",
             "codec.value_bits": 8,
             "strategy.outer_lr": 0.1,  # signs want a tenth of AdamW's rate
