@@ -13,6 +13,7 @@ BENCHES = {
     "exchange": ("dtrain.experiments.bench_exchange", "a round against stock hivemind and an all-gather"),
     "data": ("dtrain.experiments.bench_data", "how long training waits for streamed data"),
     "memory": ("dtrain.experiments.bench_memory", "what memory a worker takes, by preset and option"),
+    "optimizers": ("dtrain.experiments.bench_optimizers", "what an inner optimizer adds to a step"),
     "dashboard": ("dtrain.experiments.dashboard_load", "the dashboard under many viewers"),
     "dht": ("dtrain.experiments.lab_dht", "look-ups among many peers of which some have just died"),
     "join": ("dtrain.experiments.bench_join", "what a mass join costs those who train"),

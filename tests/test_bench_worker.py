@@ -38,9 +38,20 @@ def test_the_memory_of_a_worker_is_measured(tmp_path: Path) -> None:
         assert row["all_bytes"] > row["trainer_bytes"] > 100e6 and not row["problem"]
 
 
+def test_what_an_optimizer_adds_to_a_step_is_measured(tmp_path: Path) -> None:
+    """`dtrain bench optimizers` has the passes and a row for each optimizer, in seconds above none."""
+    figures = tmp_path / "figures.json"
+    assert main(["bench", "optimizers", "--repetitions", "1", "--json", str(figures)]) == 0
+    medians = json.loads(figures.read_text())["median_s"]
+    assert {"forward and backward pass", "adamw", "muon"} <= set(medians)
+    assert all(seconds > 0 for seconds in medians.values())
+
+
 def test_what_cannot_be_measured_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     """Unknown presets and options list the known."""
     assert main(["bench", "memory", "--presets", "huge"]) == 2
     assert "there is no 'huge' to measure: choose of tiny, small" in capsys.readouterr().err
     assert main(["bench", "memory", "--options", "none"]) == 2
     assert "adamw8bit" in capsys.readouterr().err
+    assert main(["bench", "optimizers", "--repetitions", "0"]) == 2
+    assert "--repetitions must be at least 1" in capsys.readouterr().err

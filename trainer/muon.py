@@ -51,7 +51,7 @@ class Muon(Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrix [m, n] with its singular values taken to between 0.7 and 1.2, but for those near 0; on CUDA in bf16."""
+    """The matrix [m, n] with its singular values at 0.7 to 1.2, but for those near 0; on CUDA in bf16."""
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonal(matrix.T).T
     matrix = matrix / matrix.norm().clamp(min=EPSILON)
