@@ -91,7 +91,7 @@ def test_gradients_add_up_to_their_mean_and_leave_the_weights_alone() -> None:
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64), (64, 1), (1, 1)])
 def test_muon_makes_matrices_orthogonal(shape: tuple[int, int]) -> None:
-    """Singular values of a well-conditioned matrix come near one, the singular vectors stay; of nothing comes nothing."""
+    """Singular values of a well-conditioned matrix come near one, its singular vectors stay; zeros stay zeros."""
     left, _, right = torch.linalg.svd(
         torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False
     )
