@@ -68,7 +68,9 @@ def measure(preset: str, device: torch.device, repetitions: int) -> dict[str, fl
         model.zero_grad()
         for name, part in parts.items():
             times[name].append(_seconds(part, device))
-    return {name: statistics.median(found[1:]) for name, found in times.items()}  # the first one builds the state
+    return {
+        name: statistics.median(found[1:]) for name, found in times.items()
+    }  # the first one builds the state
 
 
 def _optimizers(model: nn.Module, train: TrainConfig) -> dict[str, Sequence[Optimizer]]:
