@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,16 +62,14 @@ def measure(preset: str, device: torch.device, repetitions: int) -> dict[str, fl
     compute = Compute(model)
     x = torch.randint(manifest.model.vocab_size, (train.batch_size, train.seq_len), device=device)
     parts: dict[str, Callable[[], object]] = {PASSES: lambda: compute.backward(x, x, lambda: None)}
-    for name, optimizers in _optimizers(model, train).items():
-        parts[name] = lambda optimizers=optimizers: [optimizer.step() for optimizer in optimizers]
+    parts |= {name: partial(_step, optimizers) for name, optimizers in _optimizers(model, train).items()}
     times: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(1 + repetitions):
         model.zero_grad()
         for name, part in parts.items():
             times[name].append(_seconds(part, device))
-    return {
-        name: statistics.median(found[1:]) for name, found in times.items()
-    }  # the first one builds the state
+    # The first one builds the state.
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
 def _optimizers(model: nn.Module, train: TrainConfig) -> dict[str, Sequence[Optimizer]]:
@@ -86,6 +85,11 @@ def _optimizers(model: nn.Module, train: TrainConfig) -> dict[str, Sequence[Opti
         muon = torch.optim.Muon(matrices, lr=train.lr, adjust_lr_fn="match_rms_adamw")
         found[TORCHS_MUON] = [muon, *found["muon"][1:]]
     return found
+
+
+def _step(optimizers: Sequence[Optimizer]) -> None:
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def _seconds(part: Callable[[], object], device: torch.device) -> float:

@@ -117,7 +117,6 @@ def memory_per_param(manifest: Manifest) -> float:
     strategy = make_strategy(manifest, [("sample", SAMPLE_SHAPE)])
     shared = sum(tensor.numel() for tensor in strategy.shared_state().values()) * FP32
     own = WEIGHTS + GRADIENTS + THETA + MEAN + FEEDBACK + shared / (SAMPLE_SHAPE[0] * SAMPLE_SHAPE[1])
-    inner = (
-        MOMENTS[manifest.train.optimizer] if strategy.collects == DELTA else FP32
-    )  # gradients are summed up instead
-    return own + inner
+    if strategy.collects != DELTA:
+        return own + FP32  # gradients are summed up
+    return own + MOMENTS[manifest.train.optimizer]

@@ -69,7 +69,7 @@ def estimate(worker: Worker) -> Estimate:
     else:
         train_s = manifest.train.inner_steps * step_s
     round_s = train_s + EXCHANGE_S * bool(others)
-    traffic = _payloads(len(others) + 1, manifest.exchange.exact_up_to) * payload_bytes(manifest, num_params)
+    traffic = round_bytes(manifest, num_params, len(others) + 1)
     per_h = 3600 * (traffic / round_s + HEARTBEAT_BYTES_PER_S)
     batch_bytes = 4.0 * tokens_per_step * manifest.model.vocab_size * 3
     return Estimate(
@@ -85,24 +85,27 @@ def estimate(worker: Worker) -> Estimate:
     )
 
 
-def payload_bytes(manifest: Manifest, num_params: int) -> float:
-    """Expected bytes of one payload: positions at their entropy, values, two scales a chunk."""
-    codec = manifest.codec
-    if codec.kind != "topk":
-        return num_params * codec.dense_bits / 8
-    positions = (
-        math.lgamma(codec.chunk + 1) - math.lgamma(codec.k + 1) - math.lgamma(codec.chunk - codec.k + 1)
-    )
-    bits = positions / math.log(2) + codec.k * codec.value_bits + 16
-    return num_params / codec.chunk * bits / 8
-
-
-def _payloads(members: int, exact_up_to: int) -> float:
-    """Payloads that each of the group's members sends, and receives, in a round."""
+def round_bytes(manifest: Manifest, num_params: int, members: int) -> float:
+    """What each of the group's members sends, and receives, in a round."""
     if members == 1:
         return 0.0
-    scatter = (members - 1) / members
-    return scatter + (members - 1 if members <= exact_up_to else 1.0)
+    codec, others = manifest.codec, members - 1
+    if codec.kind != "topk":
+        payload = aggregate = num_params * codec.dense_bits / 8
+    else:
+        payload = _sparse_bytes(num_params, codec.chunk, codec.k, codec.value_bits)
+        k, bits = codec.aggregate_k or codec.k, codec.aggregate_bits or codec.value_bits
+        aggregate = _sparse_bytes(num_params, codec.chunk, k, bits)
+    if members <= manifest.exchange.exact_up_to:
+        aggregate = payload * members  # all of them, as they came
+    return (payload + aggregate) * others / members
+
+
+def _sparse_bytes(num_params: int, chunk: int, k: int, value_bits: int) -> float:
+    """Expected bytes of k values a chunk: positions at their entropy, values, two scales a chunk."""
+    positions = math.lgamma(chunk + 1) - math.lgamma(k + 1) - math.lgamma(chunk - k + 1)
+    bits = positions / math.log(2) + k * value_bits + 16
+    return num_params / chunk * bits / 8
 
 
 def _step_s(worker: Worker) -> float:
