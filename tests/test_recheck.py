@@ -88,7 +88,7 @@ def test_training_is_the_same_to_the_last_bit(
 
     monkeypatch.setattr(Recheck, "look", checked)
     monkeypatch.setattr(VirtualWorker, "run", run)
-    six = (("workers = 3", "workers = 6"), *MANY[1:], ("steps = 12", "steps = 20"))
+    six = (("workers = 3", "workers = 6"), *MANY[1:], ("steps = 12", "steps = 30"))
     plain, _ = simulated(only_run(write_file(tmp_path, "[defence]\nrecheck = 0\n", six)))
     assert not looks
     first, _ = simulated(only_run(write_file(tmp_path, ALWAYS, six)))
