@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -153,6 +154,30 @@ def test_a_run_that_the_peer_does_not_know(tmp_path: Path, capsys: pytest.Captur
         invite = first.log.read_text().split("dtrain join ")[1].split()[0]
         address = decode(invite).addresses[0]
         assert "unknown-run" in refused(capsys, "--run-id", "unknown-run", "--peer", address)
+
+
+def test_an_output_that_nobody_reads_any_more_is_no_error() -> None:
+    """`dtrain ... | head` ends without a traceback, with the exit code of a program that SIGPIPE ended."""
+    scenario = Path(__file__).parent.parent / "experiments/configs/lab/soak.toml"
+    command = [sys.executable, "-m", "dtrain.trainer.cli", "lab", str(scenario), "--schedule"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing) as output:
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_of_another_kind_is_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A lost connection that nobody has seen to is a bug, and looks like one."""
+
+    def broken(args: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("dtrain.experiments.plan.run", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["plan", "--params", "1e6", "--workers", "4"])
 
 
 def test_help_is_quick_and_imports_no_torch() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -61,6 +62,7 @@ GROUPS = {
 SPINS = "3000"
 """How often GNU OpenMP's threads look for more work before they sleep, 0.2 ms: torch's would spin through the first
 20 ms of the codec, which then has one core of two. Training has the same speed (experiments/LOG.md)."""
+SIGPIPE = 13
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 DESCRIPTION = """\
@@ -81,12 +83,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dtrain.trainer.errors import DtrainError
 
     try:
-        return int(importlib.import_module(COMMANDS[args.command][0]).run(args))
+        code = int(importlib.import_module(COMMANDS[args.command][0]).run(args))
+        sys.stdout.flush()
+        return code
     except DtrainError as error:
         print(f"dtrain: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 128 + SIGPIPE
+
+
+def _nobody_reads() -> bool:
+    """Whether what reads our output has ended, as `head` does; then the rest of it goes nowhere, without complaint."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    ended = bool(output.poll(0))
+    if ended:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return ended
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
