@@ -188,3 +188,12 @@ def test_a_strategy_changes_the_preset_and_the_user_changes_the_strategy() -> No
     typed = manifest("diloco", codec__dense_bits=8, strategy__outer_lr=0.5)
     assert (typed.codec.kind, typed.codec.dense_bits, typed.strategy.outer_lr) == ("dense", 8, 0.5)
     assert typed.train.inner_steps == preset_manifest("test").train.inner_steps
+
+
+def test_an_optimizer_that_suits_the_preset_is_not_for_what_has_another_use() -> None:
+    """`tiny` trains with Muon; strategies without an inner optimizer, and models of another kind, do not."""
+    assert manifest("sparseloco").train.optimizer == manifest("diloco").train.optimizer == "muon"
+    assert manifest("ddp").train.optimizer == manifest("demo").train.optimizer == "adamw"
+    other = {"model.kind": "factory", "model.name": "some.module:function"}
+    assert preset_manifest("test", overrides=other).train.optimizer == "adamw"
+    assert preset_manifest("test", overrides=other | {"train.optimizer": "muon"}).train.optimizer == "muon"

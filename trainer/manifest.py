@@ -186,7 +186,7 @@ def preset_manifest(
     """A preset's manifest with some values replaced.
 
     `overrides` maps dotted keys ("train.lr") to values; None values are passed over, so flags fit as parsed. A strategy
-    that is named there changes the preset's other values to what suits it.
+    that is named there changes the preset's other values to what suits it, and so does a model of another kind.
     """
     if preset not in PRESETS:
         close = _did_you_mean(preset, PRESETS)
@@ -199,13 +199,19 @@ def preset_manifest(
     tree["model"].update(preset=preset, vocab_size=256)
     given = overrides or {}
     values = {key: value for key, value in given.items() if value is not None}
-    for key, value in {**_strategy_defaults(values.get("strategy.name")), **values}.items():
+    suited = {**_model_defaults(values.get("model.kind")), **_strategy_defaults(values.get("strategy.name"))}
+    for key, value in {**suited, **values}.items():
         section_name, _, field_name = key.partition(".")
         if section_name not in SECTIONS or not field_name:
             refuse_unknown([key], _dotted_keys(), prefix="")
         tree[section_name][field_name] = value
     sections = {name: _section(name, kind, tree[name]) for name, kind in SECTIONS.items()}
     return Manifest(run_id=run_id, **sections)
+
+
+def _model_defaults(kind: object) -> Mapping[str, object]:
+    """What models have that the presets were not made for."""
+    return {} if kind in (None, ModelConfig.kind) else {"train.optimizer": TrainConfig.optimizer}
 
 
 def _strategy_defaults(name: object) -> Mapping[str, object]:
