@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="another seed than the file's")
     parser.add_argument("--rounds", type=int, metavar="N", help="another number of rounds than the file's")
     parser.add_argument("--hours", type=float, help="how long, for scenarios without rounds")
+    parser.add_argument(
+        "--times",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how often, until one fails; results in DIR/1, DIR/2, ...",
+    )
     parser.add_argument("--no-clean", action="store_true", help="leave out the clean baseline")
     parser.add_argument(
         "--loopback", action="store_true", help="on loopback through a proxy, where there are no namespaces"
@@ -43,13 +50,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 0 if all bars are kept."""
-    from dtrain.experiments.lab_enter import run_inside, unshare_command
-    from dtrain.experiments.signals import signals_interrupt
-
     scenario = load(args)
     if args.schedule:
         return _print_schedule(scenario)
     out = result_folder(args.out, scenario.name)
+    for number in range(1, args.times + 1):
+        code = _once(scenario, args, out / str(number) if args.times > 1 else out)
+        if args.times > 1:
+            print(f"{scenario.name}, {number} of {args.times}: {'FAILED' if code else 'passed'}", flush=True)
+        if code:
+            return code
+    return 0
+
+
+def _once(scenario: Scenario, args: argparse.Namespace, out: Path) -> int:
+    from dtrain.experiments.lab_enter import run_inside, unshare_command
+    from dtrain.experiments.signals import signals_interrupt
+
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -92,6 +109,8 @@ def load(args: argparse.Namespace) -> Scenario:
 
     if args.hours is not None and not 0 < args.hours < 1000:
         raise UsageError(f"--hours must be above 0, not {args.hours:g}")
+    if args.times < 1:
+        raise UsageError(f"--times must be at least 1, not {args.times}")
     changes: dict[str, float] = {}
     if args.rounds is not None:
         changes["rounds"] = args.rounds

@@ -129,6 +129,38 @@ def test_results_never_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "--out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("codes", "runs", "code"), [((0, 0, 0), 3, 0), ((0, 1, 0), 2, 1)])
+def test_a_scenario_runs_as_often_as_asked_until_it_fails(
+    codes: tuple[int, ...],
+    runs: int,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`--times 3`: each time has a folder of its own, and a line says how it ended."""
+    folders: list[Path] = []
+
+    def inside(unshare: object, module: str, arguments: list[str]) -> int:
+        folders.append(Path(arguments[arguments.index("--out") + 1]))
+        return codes[len(folders) - 1]
+
+    monkeypatch.setattr("dtrain.experiments.lab_enter.unshare_command", lambda: ["unshare"])
+    monkeypatch.setattr("dtrain.experiments.lab_enter.run_inside", inside)
+    out = tmp_path / "out"
+    assert main(["lab", str(CONFIGS / "freeze.toml"), "--times", "3", "--out", str(out)]) == code
+    assert folders == [out / str(number) for number in range(1, runs + 1)]
+    ends = ["FAILED" if one else "passed" for one in codes[:runs]]
+    told = [f"freeze, {number} of 3: {end}" for number, end in enumerate(ends, start=1)]
+    assert capsys.readouterr().out.splitlines() == told
+
+
+def test_never_is_not_how_often(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--times 0` would pass without having run."""
+    assert main(["lab", str(CONFIGS / "freeze.toml"), "--times", "0"]) == 2
+    assert "--times must be at least 1" in capsys.readouterr().err
+
+
 def test_bars() -> None:
     """A bar is kept at its own value; a figure that could not be had keeps none."""
     figures = {"failed_rounds": 0, "compute_share_mean": 0.95, "recovery_s_max": None}
