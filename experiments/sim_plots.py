@@ -15,7 +15,7 @@ from dtrain.experiments.memory_links import Floats
 from dtrain.experiments.results import PLOTS, ResultFolder, Row
 from dtrain.experiments.sim_style import COLOURS, DASHES, MARKERS, save, style
 
-LEGEND_INSIDE = 6  # longer legends stand beside the plot
+LEGEND_INSIDE = 4  # longer legends stand beside the plot
 
 
 @dataclass(frozen=True)
