@@ -51,10 +51,7 @@ def test_who_attacks_is_put_out_and_the_others_go_on(tmp_path: Path) -> None:
             log = worker.log.read_text()
             assert log.count("is put out up to round") == len(hostile)
         assert len({worker.digests()[last + 4] for worker in honest}) == 1
-        everyone = [
-            *honest,
-            *hostile.values(),
-        ]  # who has the smallest id tells, and it may be that of a hostile one
+        everyone = [*honest, *hostile.values()]  # the smallest id tells, also a hostile one's
         told = [str(event["problem"]) for worker in everyone for event in worker.events("round")]
         for reason, peer_id in ids.items():
             words = reason_text(f"put-out-{reason}")
