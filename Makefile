@@ -143,7 +143,7 @@ dashboard-load: setup
 
 # The figures of experiments/RESULTS.md: hours. It can be stopped, and the same command goes on.
 evidence: setup
-	for name in strategies diloco tuning long_tuning long long_muon_tuning long_muon workers ablations unequal links frontier frontier_long; do \
+	for name in attacks_shipped strategies diloco tuning long_tuning long long_muon_tuning long_muon workers ablations unequal links frontier frontier_long; do \
 	  $(BIN)/dtrain simulate experiments/configs/$$name.toml || exit 1; \
 	done
 
