@@ -25,10 +25,9 @@ DEADLINE_S = 60.0
 def terms(**changes: object) -> Manifest:
     """A manifest whose swarm waits very long, so that a test that needs no waiting proves it by ending."""
     settings: dict[str, object] = {"matchmaking_s": DEADLINE_S, "heartbeat_s": 0.05, "heartbeat_ttl_s": 0.3}
-    overrides = {f"exchange.{key}": value for key, value in (settings | changes).items()}
-    return preset_manifest(
-        "test", overrides=overrides | {"codec.aggregate_k": 0}
-    )  # such residuals empty soon
+    overrides: dict[str, object] = {f"exchange.{key}": v for key, v in (settings | changes).items()}
+    overrides["codec.aggregate_k"] = 0  # residuals of such sums empty soon
+    return preset_manifest("test", overrides=overrides)
 
 
 MANIFEST = terms()

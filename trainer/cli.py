@@ -7,6 +7,7 @@ import argparse
 import importlib
 import os
 import select
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -62,7 +63,6 @@ GROUPS = {
 SPINS = "3000"
 """How often GNU OpenMP's threads look for more work before they sleep, 0.2 ms: torch's would spin through the first
 20 ms of the codec, which then has one core of two. Training has the same speed (experiments/LOG.md)."""
-SIGPIPE = 13
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 DESCRIPTION = """\
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         if not _nobody_reads():
             raise
-        return 128 + SIGPIPE
+        return 128 + signal.SIGPIPE
 
 
 def _nobody_reads() -> bool:

@@ -1,8 +1,9 @@
 """Muon (arXiv 2502.16982): momentum, made orthogonal, for the hidden matrices of a model.
 
 Updates and saved state are those of torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"`, which torch has since 2.9.
-That one computes in bf16 everywhere, for which CPUs without bf16 arithmetic take many times longer than for fp32. Here
-only CUDA has bf16; elsewhere it is fp32, by a way that is half as long for oblong matrices (`dtrain bench optimizers`).
+That one computes in bf16 everywhere, for which CPUs without bf16 arithmetic take longer than for the model's
+passes (experiments/RESULTS.md). Here only CUDA has bf16; elsewhere it is fp32, by a way that takes about half of the
+operations for n = 4 m (`dtrain bench optimizers` measures the whole).
 """
 
 from __future__ import annotations
