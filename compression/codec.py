@@ -42,8 +42,7 @@ class Codec:
         self.feedback_numel = self.layout.num_params
         self.kernel = kernel or pick.kernel()
         self.payload_format = SectionFormat(self.layout, spec.k, spec.value_bits, spec.dense_bits)
-        k, bits = spec.aggregate_k or spec.k, spec.aggregate_bits or spec.value_bits
-        self.aggregate_format = SectionFormat(self.layout, k, bits, spec.dense_bits)
+        self.aggregate_format = SectionFormat(self.layout, *spec.of_aggregates, spec.dense_bits)
         self._dense = DensePart(self.layout, spec.dense_bits)
         self._id = wire.codec_id(spec, self.shapes)
         self._num_sparse_elements = int(self.layout.offset[self.layout.num_sparse])

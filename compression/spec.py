@@ -67,6 +67,11 @@ class CodecSpec:
         if self.transform == "dct" and self.chunk != BLOCK_SIDE**2:
             raise CompressionError(f'transform "dct" needs chunk = {BLOCK_SIDE**2}, not {self.chunk}')
 
+    @property
+    def of_aggregates(self) -> tuple[int, int]:
+        """Coefficients per full chunk and value bits of a recompressed aggregate."""
+        return self.aggregate_k or self.k, self.aggregate_bits or self.value_bits
+
     def to_dict(self) -> dict[str, object]:
         """The fields as plain values, in the order of their declaration."""
         return dataclasses.asdict(self)

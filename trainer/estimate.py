@@ -94,8 +94,7 @@ def round_bytes(manifest: Manifest, num_params: int, members: int) -> float:
         payload = aggregate = num_params * codec.dense_bits / 8
     else:
         payload = _sparse_bytes(num_params, codec.chunk, codec.k, codec.value_bits)
-        k, bits = codec.aggregate_k or codec.k, codec.aggregate_bits or codec.value_bits
-        aggregate = _sparse_bytes(num_params, codec.chunk, k, bits)
+        aggregate = _sparse_bytes(num_params, codec.chunk, *codec.of_aggregates)
     if members <= manifest.exchange.exact_up_to:
         aggregate = payload * members  # all of them, as they came
     return (payload + aggregate) * others / members
