@@ -48,7 +48,7 @@ class Scenario:
     """Figure of the summary and "_at_most" or "_at_least" -> number."""
     clean: str
     """How the clean baseline is had: "simulated" (in memory, without network), "measured" (the same swarm without
-    events over `clean_link`), or "none"."""
+    events over `clean_link`), or "none", as by default without rounds, which the simulator counts in."""
     clean_link: HomeLink
     manifest: Manifest
     text: str = field(repr=False)
@@ -94,8 +94,10 @@ def _scenario(tree: dict[str, Any], stem: str, text: str) -> Scenario:
     link = _link(tree.get("link", {}), "link")
     clean = dict(tree.get("clean", {}))
     refuse_unknown(clean, ["kind", "link"], prefix="clean.")
-    kind = clean.get("kind", "simulated")
+    kind = clean.get("kind", "simulated" if lab.rounds else "none")
     require(kind in CLEANS, "clean.kind", f"be one of {', '.join(CLEANS)}", kind)
+    endless = kind == "simulated" and not lab.rounds
+    require(not endless, "clean.kind", "be measured or none where lab.rounds is 0", kind)
     scenario = Scenario(
         name=name,
         description=str(tree.get("description", "")),

@@ -101,6 +101,7 @@ def test_churn_is_a_poisson_process_that_spares_who_has_just_come_back(tmp_path:
         ("[bars]\nfailed_rounds = 3\n", "_at_most"),
         ("[bars]\nfaild_rounds_at_most = 3\n", "failed_rounds"),
         ("[clean]\nkind = 'dirty'\n", "clean.kind"),
+        ("[lab]\nrounds = 0\n[clean]\nkind = 'simulated'\n", "clean.kind"),
         ("[train]\nlr = -1\n", "train.lr"),
         ("not toml", "TOML"),
     ],

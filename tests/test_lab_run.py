@@ -56,8 +56,8 @@ unrecovered_at_most = 0
 """
 
 
-def start(tmp_path: Path) -> subprocess.Popen[str]:
-    (tmp_path / "small.toml").write_text(SMALL)
+def start(tmp_path: Path, scenario: str = SMALL) -> subprocess.Popen[str]:
+    (tmp_path / "small.toml").write_text(scenario)
     command = [sys.executable, "-m", "dtrain.trainer.cli", "lab", "small.toml", "--out", "out"]
     return subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -92,6 +92,21 @@ def test_a_small_scenario(tmp_path: Path) -> None:
     (shown,) = results.folders()
     curve = results.curve(shown["folder"], shown["rows"][0]["id"])
     assert curve is not None and curve["round"] == [float(n) for n in range(1, 9)]
+    assert not processes_of(tmp_path)
+
+
+def test_a_soak_in_small(tmp_path: Path) -> None:
+    """For as long as asked instead of so many rounds, with a worker that fails by chance and comes back."""
+    shape, _, _ = SMALL.partition("[[events]]")
+    churn = "[churn]\nmtbf_s = 8\ndown_s = 1\nback_s = 8\n[bars]\nunrecovered_at_most = 0\n"
+    shape = shape.replace("workers = 2\nrounds = 8", "workers = 3\nrounds = 0\nduration_s = 40")
+    lab = start(tmp_path, shape + churn)
+    output = lab.communicate()[0]
+    assert lab.returncode == 0, output
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["passed"] and summary["rounds"] >= 8 and summary["digests_equal"]
+    assert {event["kind"] for event in summary["events"]} <= {"kill", "leave"} and summary["events"]
+    assert summary["accounting"]["payloads"] >= 15 and summary["accounting"]["violations"] == []
     assert not processes_of(tmp_path)
 
 
