@@ -5,9 +5,11 @@ then aggregates to all) go on together and share their ends' links evenly, so a 
 
     the longest of: all that i sends / i's uplink, all that j receives / j's downlink, its own bytes / what TCP gives
     + half a round trip + the round trips in which TCP's window grows to the link's speed
+    + two round trips (RFC 8985's tail loss probe) as often as the unluckiest transfer's last packet is lost
 
 TCP's rate under loss is that of Mathis et al. (1997), 1.22 MSS / (RTT sqrt(loss)); real CUBIC and BBR do better. A
 round trip between two peers is the mean of theirs; a connection's figure is the round trip to another of its kind.
+The constants are fitted to the WAN lab's exchanges: see experiments/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -25,10 +27,16 @@ MSS_BYTES = 1460
 INITIAL_WINDOW_BYTES = 10 * MSS_BYTES
 WIRE_OVERHEAD = 1.06
 """Bytes on the wire per byte of payload: TCP, IP and Ethernet headers, libp2p's encryption and framing."""
-MEET_RTTS = 6.0
-"""Round trips for a group to form: the leader is looked up, asked, and says who is in; then streams open."""
-MEET_S = 0.15
-"""What forming a group takes besides, mostly signatures and scheduling."""
+MESSAGE_BYTES = 2500
+"""What goes with each payload or aggregate besides: signatures, seals, receipts, what members say of each other."""
+MEET_RTTS = 1.0
+"""Round trips for a group to form once its last member is there: it asks the leader, who says who is in."""
+MEET_S = 0.1
+"""What forming a group and checking what comes take besides, mostly signatures and scheduling."""
+PROBE_RTTS = 2.0
+"""Round trips until a lost packet that nothing follows is sent again."""
+MOST_PROBES = 20
+"""So often in a row at most is a packet counted as lost."""
 CODEC_NS_PER_PARAM = 5.0
 """Encoding, reducing, decoding, outer step and digest of one round, on one core."""
 
@@ -92,10 +100,13 @@ class ModelledLinks:
         return self._codec_s
 
     def meet_s(self, names: Sequence[str]) -> float:
-        """See `Links`. The farthest member sets the pace."""
+        """See `Links`. The farthest member sets the pace, with one message each way for all but the leader."""
         if len(names) < 2:
             return 0.0
-        return MEET_S + MEET_RTTS * max(self._links[name].rtt_ms for name in names) / 1e3
+        links = [self._links[name] for name in names]
+        rtt_s = max(link.rtt_ms for link in links) / 1e3
+        again = _sent_again(np.full(2 * (len(links) - 1), max(link.loss for link in links)))
+        return MEET_S + (MEET_RTTS + PROBE_RTTS * again) * rtt_s
 
     def arrivals_s(self, names: Sequence[str], num_bytes: Floats, begin_s: Floats) -> Floats:
         """See `Links`."""
@@ -119,12 +130,22 @@ def arrivals_s(links: Sequence[Link], num_bytes: Floats, begin_s: Floats) -> Flo
     loss = np.array([link.loss for link in links])
     rtt_s = np.add.outer(rtt, rtt) / 2  # [N, N]
     lost = np.add.outer(loss, loss) / 2
-    wire = num_bytes * WIRE_OVERHEAD
+    sent = num_bytes > 0
+    wire = WIRE_OVERHEAD * (num_bytes + MESSAGE_BYTES * sent)
     with np.errstate(divide="ignore", invalid="ignore"):
         tcp = np.where(lost * rtt_s > 0, 1.22 * MSS_BYTES / (rtt_s * np.sqrt(lost)), np.inf)
     narrow = np.minimum.outer(up, down)
     window = np.minimum(wire, np.minimum(narrow, tcp) * rtt_s)
     ramp_s = rtt_s * np.maximum(0.0, np.log2(np.maximum(window, 1.0) / INITIAL_WINDOW_BYTES))
     flow_s = np.maximum(np.maximum.outer(wire.sum(axis=1) / up, wire.sum(axis=0) / down), wire / tcp)
-    end_s: Floats = np.where(num_bytes > 0, begin_s[:, None] + rtt_s / 2 + ramp_s + flow_s, 0.0)
+    probes_s = PROBE_RTTS * rtt_s * _sent_again(lost[sent])
+    end_s: Floats = np.where(sent, begin_s[:, None] + rtt_s / 2 + ramp_s + flow_s + probes_s, 0.0)
     return end_s
+
+
+def _sent_again(lost: Floats) -> float:
+    """How often the unluckiest of some packets is sent again, in expectation, each lost with a chance of its own."""
+    again = 0.0
+    for times in range(1, MOST_PROBES + 1):  # P(one of them is lost so many times in a row)
+        again += 1.0 - float(np.exp(np.log1p(-(lost**times)).sum()))
+    return again

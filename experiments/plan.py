@@ -170,9 +170,11 @@ def _assumptions(
         f"{100 * link.loss:g} % loss",
         f"- an inner step: {step_tokens:,} tokens in {step_s:.3g} s ({source})",
         f"- H and codec of the preset {preset}; payload sizes from the codec itself, on a sample",
-        f"- a group forms in {network.MEET_S:g} s + {network.MEET_RTTS:g} round trips; "
-        f"{100 * (network.WIRE_OVERHEAD - 1):.0f} % more bytes on the wire; {network.CODEC_NS_PER_PARAM:g} ns per "
-        "parameter for codec, outer step and digest",
+        f"- a group forms in {network.MEET_S:g} s + {network.MEET_RTTS:g} round trip; a lost last packet costs "
+        f"{network.PROBE_RTTS:g} more",
+        f"- {network.MESSAGE_BYTES / 1e3:g} kB besides with each section and aggregate, then "
+        f"{100 * (network.WIRE_OVERHEAD - 1):.0f} % more on the wire (not in MB up and down)",
+        f"- {network.CODEC_NS_PER_PARAM:g} ns per parameter for codec, outer step and digest",
         "- tokens/day: of all workers together",
         "- memory: fp32 weights, gradients, optimizer, theta, error feedback, shared state; activations not counted",
     ]
