@@ -31,6 +31,12 @@ from dtrain.dht.streams import in_background
 MAX_PEERS = 4096
 # In heartbeat lifetimes: how long the DHT holds a record, and how often it is stored anew.
 RECORD_LIFETIME, RECORD_PERIOD = 6.0, 2.0
+AT_ONCE = (
+    2  # nodes asked at the same time by who takes the first answer; each answers with everybody's record
+)
+CALM_FROM = (
+    8  # peers known, from which on looks are rarer the more there are: by then news goes from peer to peer
+)
 SAME_S = 0.001  # a record's time is rounded when its expiry is computed
 
 
@@ -188,7 +194,7 @@ class Heartbeats:
             await self._greetings.greet(news if self.announced else list(self._known))
             if self.admissions is not None:
                 await self.admissions.keep()
-            await asyncio.sleep(self._poll_s)
+            await asyncio.sleep(self._poll_s * max(1.0, len(self._known) / CALM_FROM))
 
     async def refresh(self) -> None:
         """Look as closely as possible: ask every near node of the DHT, then everybody who was there lately."""
@@ -198,7 +204,7 @@ class Heartbeats:
     async def _look(self, *, latest: bool) -> list[str]:
         """Read the DHT; the peers of which that is news. With `latest` every near node is asked, and answers with
         everybody's record: N times the bytes of taking the first answer, which is often our own copy."""
-        found = await self._node.get(self._key, latest=latest)
+        found = await self._node.get(self._key, latest=latest, num_workers=None if latest else AT_ONCE)
         records = found.value if found is not None and isinstance(found.value, dict) else {}
         news = []
         for owner, record in records.items():

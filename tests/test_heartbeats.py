@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dtrain.dht import greetings, heartbeats
 from dtrain.dht.greetings import Greeting, Greetings, pack_greeting, unpack_greeting
-from dtrain.dht.heartbeats import Heartbeats
+from dtrain.dht.heartbeats import AT_ONCE, CALM_FROM, Heartbeats
 from dtrain.dht.identity import Identity
 from dtrain.dht.introductions import MAX_CALLS
 from dtrain.dht.matchmaking import LeaderBoard
@@ -49,7 +49,7 @@ class Network:
         self.records[subkey] = ValueWithExpiration(value, expiration_time)
         return True
 
-    async def get(self, key: str, latest: bool) -> ValueWithExpiration[Any]:
+    async def get(self, key: str, latest: bool, **_: Any) -> ValueWithExpiration[Any]:
         return ValueWithExpiration(dict(self.records), 0.0)
 
 
@@ -165,6 +165,37 @@ def test_who_only_calls_us_does_not_let_us_in(network: Network) -> None:
         assert answers == {name(member): ""}
 
     play(scenario)
+
+
+@pytest.mark.parametrize(("others", "pause_s"), [(1, POLL_S), (2 * CALM_FROM, 2 * POLL_S)])
+def test_the_more_are_known_the_rarer_the_dht_is_read(
+    others: int, pause_s: float, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only a few nodes are asked: each answers with everybody's record, so looks would cost N times N."""
+    asked, pauses = [], []
+
+    async def scenario() -> None:
+        peer = network.peer()
+        for other in [network.peer() for _ in range(others)]:
+            await other.announce(STATUS)
+        await peer.announce(STATUS)
+
+        async def get(key: str, latest: bool, num_workers: int) -> ValueWithExpiration[Any]:
+            asked.append((latest, num_workers))
+            return await network.get(key, latest)
+
+        async def sleep(seconds: float) -> None:
+            pauses.append(seconds)
+            raise asyncio.CancelledError
+
+        peer._node.get = get
+        monkeypatch.setattr(asyncio, "sleep", sleep)
+        with pytest.raises(asyncio.CancelledError):
+            await peer.poll()
+        assert len(peer.others()) == others
+
+    play(scenario)
+    assert asked == [(False, AT_ONCE)] and pauses == [pause_s]
 
 
 def test_who_is_introduced_under_anothers_name_is_not_believed(network: Network) -> None:

@@ -50,7 +50,7 @@ class Member:
         node: Any = SimpleNamespace(peer_id=PeerID(who.peer_id_bytes), protocol=protocol, get=self.get)
         self.heartbeats = Heartbeats(node, "run", ttl_s=30.0, poll_s=10.0, entry=Entry(self.door, own_pass))
 
-    async def get(self, key: str, latest: bool) -> ValueWithExpiration[Any]:
+    async def get(self, key: str, latest: bool, **_: Any) -> ValueWithExpiration[Any]:
         return ValueWithExpiration(dict(self.records), 0.0)
 
     def refusals(self) -> dict[str, int]:
