@@ -16,6 +16,10 @@ BENCHES = {
     "optimizers": ("dtrain.experiments.bench_optimizers", "what an inner optimizer adds to a step"),
     "dashboard": ("dtrain.experiments.dashboard_load", "the dashboard under many viewers"),
     "dht": ("dtrain.experiments.lab_dht", "look-ups among many peers of which some have just died"),
+    "heartbeats": (
+        "dtrain.experiments.bench_heartbeats",
+        "what being there costs a worker, by the swarm's size",
+    ),
     "join": ("dtrain.experiments.bench_join", "what a mass join costs those who train"),
     "pace": ("dtrain.experiments.bench_pace", "what unequal machines lose to one another"),
 }

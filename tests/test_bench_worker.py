@@ -47,11 +47,21 @@ def test_what_an_optimizer_adds_to_a_step_is_measured(tmp_path: Path) -> None:
     assert all(seconds > 0 for seconds in medians.values())
 
 
+def test_what_being_there_costs_is_measured(tmp_path: Path) -> None:
+    """`dtrain bench heartbeats`: peers that know each other, and bytes from all of them."""
+    figures = tmp_path / "figures.json"
+    assert main(["bench", "heartbeats", "--peers", "3", "--seconds", "8", "--json", str(figures)]) == 0
+    (row,) = json.loads(figures.read_text())
+    assert row["peers"] == 3 and row["known"] == 2 and 100 < row["bytes_per_s"] < 10_000
+
+
 def test_what_cannot_be_measured_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     """Unknown presets and options list the known."""
     assert main(["bench", "memory", "--presets", "huge"]) == 2
     assert "there is no 'huge' to measure: choose of tiny, small" in capsys.readouterr().err
     assert main(["bench", "memory", "--options", "none"]) == 2
     assert "adamw8bit" in capsys.readouterr().err
+    assert main(["bench", "heartbeats", "--peers", "one"]) == 2
+    assert "--peers must be numbers of 2 at least" in capsys.readouterr().err
     assert main(["bench", "optimizers", "--repetitions", "0"]) == 2
     assert "--repetitions must be at least 1" in capsys.readouterr().err

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dtrain.trainer.worker import Worker
 
 EXCHANGE_S = 2.0  # of a small group on home links; only the traffic's estimate depends on it
-HEARTBEAT_BYTES_PER_S = 2_000
+HEARTBEAT_BYTES_PER_S = 450  # for each other peer: `dtrain bench heartbeats`
 BYTES_PER_PARAM = 28  # theta, local weights, gradients, two moments, error feedback, one delta: fp32 each
 LIBRARIES_BYTES = 600e6  # torch and the network process, before any model
 
@@ -70,7 +70,7 @@ def estimate(worker: Worker) -> Estimate:
         train_s = manifest.train.inner_steps * step_s
     round_s = train_s + EXCHANGE_S * bool(others)
     traffic = round_bytes(manifest, num_params, len(others) + 1)
-    per_h = 3600 * (traffic / round_s + HEARTBEAT_BYTES_PER_S)
+    per_h = 3600 * (traffic / round_s + HEARTBEAT_BYTES_PER_S * len(swarm))
     batch_bytes = 4.0 * tokens_per_step * manifest.model.vocab_size * 3
     return Estimate(
         download_bytes=4.0 * num_params if donors else 0.0,
