@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from dtrain.trainer.errors import UsageError
-from dtrain.trainer.manifest import Manifest, diff, manifest_from_toml, preset_manifest, validate_run_id
+from dtrain.trainer.manifest import (
+    ADAPTERS_LR,
+    TRAINED_LR,
+    Manifest,
+    diff,
+    manifest_from_toml,
+    preset_manifest,
+    validate_run_id,
+)
 from dtrain.trainer.presets import PRESETS
 from dtrain.trainer.settings import MachineSettings, resolve_device
 
@@ -123,6 +131,22 @@ def test_a_run_file_sits_between_the_preset_and_the_flags(tmp_path: Path) -> Non
     assert manifest.model.preset == "small"
     assert (manifest.train.lr, manifest.train.batch_size, manifest.train.inner_steps) == (0.5, 2, 30)
     assert manifest_from_toml(path, {"run_id": "other"}).run_id == "other"
+
+
+@pytest.mark.parametrize(
+    ("more", "lr"),
+    [
+        ({}, 1e-2),  # from scratch: the preset's
+        ({"model.weights_sha256": "ab" * 32}, TRAINED_LR),
+        ({"model.weights_sha256": "ab" * 32, "train.method": "lora"}, ADAPTERS_LR),
+        ({"model.weights_sha256": "ab" * 32, "train.lr": 0.5}, 0.5),
+    ],
+)
+def test_trained_weights_have_a_rate_that_does_not_undo_them(more: dict[str, object], lr: float) -> None:
+    """A preset's is made to begin from nothing."""
+    other = {"model.kind": "transformers", "model.name": "a", "model.config": "{}", "model.params": 1000}
+    manifest = preset_manifest("demo", "tiny", {**other, **more})
+    assert (manifest.train.lr, manifest.train.optimizer) == (lr, "adamw")
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,8 @@ SECTIONS: dict[str, type[Any]] = {
     "defence": DefenceConfig,
 }
 FORMAT = 1
+# Inner rates for weights that were trained before: transformers' default, and for adapters QLoRA's (arXiv 2305.14314).
+TRAINED_LR, ADAPTERS_LR = 5e-5, 2e-4
 """Version of the manifest's own layout."""
 
 
@@ -199,7 +201,7 @@ def preset_manifest(
     tree["model"].update(preset=preset, vocab_size=256)
     given = overrides or {}
     values = {key: value for key, value in given.items() if value is not None}
-    suited = {**_model_defaults(values.get("model.kind")), **_strategy_defaults(values.get("strategy.name"))}
+    suited = {**_model_defaults(values), **_strategy_defaults(values.get("strategy.name"))}
     for key, value in {**suited, **values}.items():
         section_name, _, field_name = key.partition(".")
         if section_name not in SECTIONS or not field_name:
@@ -209,9 +211,15 @@ def preset_manifest(
     return Manifest(run_id=run_id, **sections)
 
 
-def _model_defaults(kind: object) -> Mapping[str, object]:
+def _model_defaults(values: Mapping[str, object]) -> Mapping[str, object]:
     """What models have that the presets were not made for."""
-    return {} if kind in (None, ModelConfig.kind) else {"train.optimizer": TrainConfig.optimizer}
+    if values.get("model.kind", ModelConfig.kind) == ModelConfig.kind:
+        return {}
+    suited: dict[str, object] = {"train.optimizer": TrainConfig.optimizer}
+    if values.get("model.weights_sha256"):  # a preset's rate, made to begin from nothing, would undo them
+        whole = values.get("train.method", TrainConfig.method) == TrainConfig.method
+        suited["train.lr"] = TRAINED_LR if whole else ADAPTERS_LR
+    return suited
 
 
 def _strategy_defaults(name: object) -> Mapping[str, object]:
