@@ -31,12 +31,9 @@ from dtrain.dht.streams import in_background
 MAX_PEERS = 4096
 # In heartbeat lifetimes: how long the DHT holds a record, and how often it is stored anew.
 RECORD_LIFETIME, RECORD_PERIOD = 6.0, 2.0
-AT_ONCE = (
-    2  # nodes asked at the same time by who takes the first answer; each answers with everybody's record
-)
-CALM_FROM = (
-    8  # peers known, from which on looks are rarer the more there are: by then news goes from peer to peer
-)
+# A look asks two nodes, of which each answers with everybody's record. From CALM_FROM peers on looks are rarer by
+# the square of their number: N peers ask for N records each, mostly of the same nodes, and news goes from peer to peer.
+AT_ONCE, CALM_FROM, LONGEST_PAUSE_S = 2, 8, 120.0
 SAME_S = 0.001  # a record's time is rounded when its expiry is computed
 
 
@@ -194,7 +191,11 @@ class Heartbeats:
             await self._greetings.greet(news if self.announced else list(self._known))
             if self.admissions is not None:
                 await self.admissions.keep()
-            await asyncio.sleep(self._poll_s * max(1.0, len(self._known) / CALM_FROM))
+            await asyncio.sleep(self._pause_s())
+
+    def _pause_s(self) -> float:
+        rarer = max(1.0, (len(self._known) / CALM_FROM) ** 2)
+        return max(self._poll_s, min(LONGEST_PAUSE_S, self._poll_s * rarer))
 
     async def refresh(self) -> None:
         """Look as closely as possible: ask every near node of the DHT, then everybody who was there lately."""

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dtrain.dht import greetings, heartbeats
 from dtrain.dht.greetings import Greeting, Greetings, pack_greeting, unpack_greeting
-from dtrain.dht.heartbeats import AT_ONCE, CALM_FROM, Heartbeats
+from dtrain.dht.heartbeats import AT_ONCE, CALM_FROM, LONGEST_PAUSE_S, Heartbeats
 from dtrain.dht.identity import Identity
 from dtrain.dht.introductions import MAX_CALLS
 from dtrain.dht.matchmaking import LeaderBoard
@@ -167,7 +167,9 @@ def test_who_only_calls_us_does_not_let_us_in(network: Network) -> None:
     play(scenario)
 
 
-@pytest.mark.parametrize(("others", "pause_s"), [(1, POLL_S), (2 * CALM_FROM, 2 * POLL_S)])
+@pytest.mark.parametrize(
+    ("others", "pause_s"), [(1, POLL_S), (2 * CALM_FROM, 4 * POLL_S), (5 * CALM_FROM, LONGEST_PAUSE_S)]
+)
 def test_the_more_are_known_the_rarer_the_dht_is_read(
     others: int, pause_s: float, network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
