@@ -32,6 +32,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+CLEAN = "clean.json"  # the simulated baseline, in the result folder
+
 
 @dataclass(frozen=True)
 class Scenario:

@@ -9,10 +9,11 @@ from typing import cast
 
 import pytest
 
+from dtrain.experiments.lab_clean import simulated
 from dtrain.experiments.lab_config import FIGURES
 from dtrain.experiments.lab_director import Happened
 from dtrain.experiments.lab_evidence import Evidence, Round
-from dtrain.experiments.lab_file import Scenario, load_scenario
+from dtrain.experiments.lab_file import CLEAN, Scenario, load_scenario
 from dtrain.experiments.lab_schedule import Planned, schedule
 from dtrain.experiments.lab_summary import held, with_recovery
 from dtrain.trainer.cli import main
@@ -144,6 +145,8 @@ def test_a_scenario_runs_as_often_as_asked_until_it_fails(
 
     def inside(unshare: object, module: str, arguments: list[str]) -> int:
         folders.append(Path(arguments[arguments.index("--out") + 1]))
+        if len(folders) == 1:
+            (folders[0] / CLEAN).write_text('{"eval_loss": 2.5}')
         return codes[len(folders) - 1]
 
     monkeypatch.setattr("dtrain.experiments.lab_enter.unshare_command", lambda: ["unshare"])
@@ -151,6 +154,9 @@ def test_a_scenario_runs_as_often_as_asked_until_it_fails(
     out = tmp_path / "out"
     assert main(["lab", str(CONFIGS / "freeze.toml"), "--times", "3", "--out", str(out)]) == code
     assert folders == [out / str(number) for number in range(1, runs + 1)]
+    # The simulator comes to the same again, so it is not asked again.
+    scenario = load_scenario(CONFIGS / "freeze.toml")
+    assert [simulated(scenario, folder) for folder in folders] == runs * [{"eval_loss": 2.5}]
     ends = ["FAILED" if one else "passed" for one in codes[:runs]]
     told = [f"freeze, {number} of 3: {end}" for number, end in enumerate(ends, start=1)]
     assert capsys.readouterr().out.splitlines() == told
