@@ -5,7 +5,9 @@ and holds the journals against each other. What it proves of a run, or names the
 
 journal     every entry is signed by its worker, and none was changed, left out or added
 once        every chunk of every payload is in exactly one aggregate of the run's history, or back in its worker's error
-            feedback; that of a worker that died before it knew is in at most one aggregate
+            feedback; that of a worker that died before it knew is in at most one aggregate. Of two payloads that a
+            worker has made for one round, of which the first came back, aggregates hold the one that it says, unless
+            they weigh more than that one: they tell weights, not payloads
 agreed      who applied a round applied the same aggregates, and they give one digest
 made        whoever is in an aggregate made that payload, on that base, with that weight
 chain       every round continues the theta that its worker stood at
@@ -222,18 +224,34 @@ def _check_payloads(
             continue
         peer_id, chunks = begins[0]["peer_id"], begins[0]["chunks"]
         settled = _settled_by_payload(who, journal, report)
-        for entry in journal:
-            if entry["kind"] == "made":
-                report.payloads += 1
-                made[peer_id, entry["round"], entry["base"]].append(entry)
-                held = inside.get((peer_id, entry["round"], entry["base"]), {})
-                _check_payload(who, peer_id, chunks, settled.get(entry["payload"]), held, history, report)
+        own = [entry for entry in journal if entry["kind"] == "made"]
+        for entry in own:
+            report.payloads += 1
+            made[peer_id, entry["round"], entry["base"]].append(entry)
+        for entry in own:
+            key = (peer_id, entry["round"], entry["base"])
+            held = {
+                span: weight
+                for span, weight in inside.get(key, {}).items()
+                if _whose(made[key], settled, weight) is entry
+            }
+            _check_payload(who, peer_id, chunks, settled.get(entry["payload"]), held, history, report)
     for (peer_id, number, base), held in inside.items():
         weights = {entry["tokens"] for entry in made.get((peer_id, number, base), [])}
         for weight in {
             weight for weight in held.values() if weight > max(weights, default=0)
         }:  # less: screened
             report.blame("made", peer_id[-8:], f"is in round {number} with {weight:g} tokens it never gave")
+
+
+def _whose(made: Sequence[Entry], settled: Mapping[str, Entry], weight: float) -> Entry:
+    """Which of the payloads that a worker made for one round an aggregate holds with that weight: a reducer lets count
+    less than was given, never more. Of several one that its worker has applied, or does not know the fate of."""
+    able = [entry for entry in made if entry["tokens"] >= weight] or made
+    ends = [settled.get(entry["payload"]) for entry in able]
+    applied = [entry for entry, end in zip(able, ends) if end is not None and end["verdict"] in APPLIED]
+    open_ended = [entry for entry, end in zip(able, ends) if end is None]
+    return (applied or open_ended or able)[-1]
 
 
 def _inside(

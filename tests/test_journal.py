@@ -154,6 +154,30 @@ def load_nothing(journals: Journals) -> None:
     journals["a"].remove(of(journals["a"], "loaded"))
 
 
+def make_twice(journals: Journals) -> None:
+    """The network was lost under a payload, all of which came back; a smaller one went into that round later."""
+    journal = journals["a"]
+    last, chunks = of(journal, "made"), of(journal, "begin")["chunks"]
+    first = {**last, "payload": "0" * 32, "tokens": 2 * last["tokens"]}
+    came_back = {**of(journal, "settled"), "payload": "0" * 32, "verdict": "stale", "after": "", "base": ""}
+    came_back.update(aggregates=[], returned=[[0, chunks]])
+    at = journal.index(last)
+    journal[at:at] = [first, came_back]
+
+
+def make_twice_and_apply_the_first(journals: Journals) -> None:
+    make_twice(journals)
+    weigh_more(journals)
+
+
+def test_who_makes_two_payloads_for_a_round_may_keep_the_first(folder: Path) -> None:
+    """Aggregates tell by their weights that they hold the second."""
+    journals, report = read(folder)
+    make_twice(journals)
+    check(journals, report)
+    assert report.violations == [] and (report.payloads, report.returned) == (3 * ROUNDS + 1, 5)
+
+
 @pytest.mark.parametrize(
     "law, doctor",
     [
@@ -161,6 +185,7 @@ def load_nothing(journals: Journals) -> None:
         ("once", return_what_was_delivered),
         ("once", deny_a_round),
         ("once", settle_twice),
+        ("once", make_twice_and_apply_the_first),
         ("agreed", apply_other_bytes),
         ("one", hold_another_theta),
         ("made", weigh_more),
