@@ -56,7 +56,8 @@ class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind ships no 
         """Look for the group of `round` until the ticket's deadline, or until there is nobody to meet.
 
         `expected()` is the number of live peers that may come, ourselves included; it is asked again and again, so a
-        peer that dies while the others wait is waited for only until its heartbeat runs out.
+        peer that dies while the others wait is waited for only until its heartbeat runs out. A group that comes after
+        the deadline is none: this machine was asleep, and who wanted to meet us then has met without us.
         """
         self.group_key_manager.prefix = f"{self._base_prefix}-{round}"
         self._ticket_lasts_s = ticket.get_timeout()
@@ -67,7 +68,7 @@ class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind ships no 
             await asyncio.wait({search, watcher}, return_when=asyncio.FIRST_COMPLETED)
             if search.done() or self.assembled_group.done():
                 group: GroupInfo | None = await search
-                return group
+                return group if ticket.get_timeout() else None
             return None
         finally:
             watcher.cancel()

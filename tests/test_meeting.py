@@ -9,10 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hivemind.averaging.group_info import GroupInfo
 from hivemind.utils import get_dht_time
 
 from dtrain.dht.history import RoundRecord
-from dtrain.dht.matchmaking import RoundMatchmaking
+from dtrain.dht.matchmaking import RoundMatchmaking, Ticket
 from dtrain.dht.meeting import NO_LEADER, NOBODY, Rounds
 from dtrain.dht.membership import Contribution
 from dtrain.dht.outcome import PeerView
@@ -179,3 +180,31 @@ def test_who_cannot_lead_waits_for_any_leader() -> None:
     ours = SimpleNamespace(client_mode=True, _ticket_lasts_s=23.0)
     until = RoundMatchmaking.get_request_expiration_time(ours)  # type: ignore[arg-type]
     assert until == pytest.approx(get_dht_time() + 23.0, abs=5.0)
+
+
+@pytest.mark.parametrize(("asleep_s", "met"), [(0.0, True), (30.0, False)])
+def test_a_group_that_forms_after_a_sleep_is_none(
+    asleep_s: float, met: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A leader that is frozen with followers in its group starts it when it thaws; they have met without it by then."""
+    group, asleep = GroupInfo(b"group", (), ()), [0.0]
+    monkeypatch.setattr("dtrain.dht.matchmaking.get_dht_time", lambda: get_dht_time() + asleep[0])
+
+    async def search(ticket: Ticket) -> GroupInfo:
+        asleep[0] = asleep_s
+        return group
+
+    ours = SimpleNamespace(
+        group_key_manager=SimpleNamespace(prefix=""),
+        _base_prefix="run",
+        _set_sizes=lambda count: None,
+        _start_when_complete=lambda expected: asyncio.sleep(60),
+        look_for_group=search,
+        assembled_group=SimpleNamespace(done=lambda: True),
+    )
+
+    async def scenario() -> GroupInfo | None:
+        ticket = Ticket(b"", scheduled_time=get_dht_time() + 15, deadline=get_dht_time() + 23)
+        return await RoundMatchmaking.find_round_group(ours, 3, ticket, lambda: 2)  # type: ignore[arg-type]
+
+    assert asyncio.run(scenario()) is (group if met else None)
