@@ -51,6 +51,7 @@ class Rounds:
         self._averager, self._heartbeats = averager, heartbeats
         self.passed = PassedRounds(passed_folder, self._newest, self._past)
         self._is_client, self._may_be_cut_off = is_client, may_be_cut_off
+        self._tried = b""  # the newest payload that went into a group
 
     async def run(self, contribution: Contribution) -> Reply:
         """Take part in a round. Bounded by the manifest's times."""
@@ -73,6 +74,8 @@ class Rounds:
                     continue
                 return _reply("alone", await self._averager.run_alone(contribution))
             record = await self._averager.run_round(contribution, self._expected)
+            if record is not None:
+                self._tried = contribution.payload
             if record is not None and not record.aggregates and not record.stale:
                 return {
                     "verdict": "no-group",
@@ -89,9 +92,10 @@ class Rounds:
                 return {"verdict": "no-group", "problem": problem}
 
     async def _as_it_went(self, contribution: Contribution) -> Reply:
-        """The reply for a round that the others have ended. They may have what we sent before our network process died:
-        then it must not go a second time."""
-        past = await self._past(contribution.round) if contribution.was_sent else None
+        """The reply for a round that the others have ended. They may have what we sent before our network process died,
+        or before we were frozen in the middle of it: then it must not go a second time."""
+        was_sent = contribution.was_sent or contribution.payload == self._tried
+        past = await self._past(contribution.round) if was_sent else None
         own = str(self._averager.peer_id)
         if past is None or past.base_digest != contribution.base_digest or own not in past.contributors:
             return {"verdict": "stale"}

@@ -63,6 +63,45 @@ class Averager:
         return RoundRecord(contribution.round, contribution.base_digest, ["me", "you"], aggregates=[b"ours"])
 
 
+class MayBeAhead(Others):
+    are_ahead = False
+
+    def ahead(self) -> list[PeerRecord]:
+        return self.records if self.are_ahead else []
+
+    def donors(self) -> list[PeerRecord]:
+        return self.records
+
+
+class Remembers(Averager):
+    """Gets nothing of any round, but knows a past one, of which our part is in the first of two spans."""
+
+    peer_id = "me"
+    terms = SimpleNamespace(matchmaking_s=0.6, run_tag=b"")
+    codec = SimpleNamespace(
+        num_chunks=8, contributors=lambda aggregate: [(0, 1.0)] if aggregate == b"a" else []
+    )
+
+    def __init__(self, past: RoundRecord) -> None:
+        super().__init__()
+        self.past = past
+
+    async def run_round(self, contribution: Contribution, expected: Any) -> RoundRecord:
+        return RoundRecord(contribution.round, contribution.base_digest, ["me", "you"])
+
+    async def fetch_round(self, peer_id: str, round: int) -> RoundRecord:
+        return self.past
+
+
+def behind(past: RoundRecord) -> tuple[Rounds, MayBeAhead]:
+    averager: Any = Remembers(past)
+    others: Any = MayBeAhead(record("you"))
+    rounds = Rounds(
+        averager, others, is_client=False, may_be_cut_off=lambda: False, passed_folder=Path("nowhere")
+    )
+    return rounds, others
+
+
 def meeting(others: Others, is_client: bool, is_cut_off: bool = False) -> Rounds:
     averager: Any = Averager()
     cut_off = is_client or is_cut_off
@@ -117,38 +156,24 @@ def test_what_was_sent_before_the_network_process_died_goes_once(
     was_sent: bool, contributors: list[str], base: bytes, expected: str
 ) -> None:
     """The others have ended the round meanwhile: what they have of our payload is delivered, the rest comes back."""
-    codec = SimpleNamespace(
-        num_chunks=8, contributors=lambda aggregate: [(0, 1.0)] if aggregate == b"a" else []
-    )
     members, spans = ["me", "you"], [[0, 4], [4, 4]]
-    past = RoundRecord(3, base, members, contributors, spans, [b"a", b"b"])
-
-    class Ahead(Others):
-        def ahead(self) -> list[PeerRecord]:
-            return self.records
-
-        def donors(self) -> list[PeerRecord]:
-            return self.records
-
-    class Remembers(Averager):
-        peer_id = "me"
-        terms = SimpleNamespace(matchmaking_s=0.6, run_tag=b"")
-
-        async def fetch_round(self, peer_id: str, round: int) -> RoundRecord:
-            return past
-
-    averager: Any = Remembers()
-    averager.codec = codec
-    rounds = Rounds(
-        averager,
-        Ahead(record("you")),  # type: ignore[arg-type]
-        is_client=False,
-        may_be_cut_off=lambda: False,
-        passed_folder=Path("nowhere"),
-    )
+    rounds, others = behind(RoundRecord(3, base, members, contributors, spans, [b"a", b"b"]))
+    others.are_ahead = True
     reply = asyncio.run(rounds.run(replace(CONTRIBUTION, was_sent=was_sent)))
     assert reply["verdict"] == expected
     assert expected == "stale" or (reply["undelivered"], reply["aggregates"]) == ([[4, 4]], [b"a", b"b"])
+
+
+def test_what_was_sent_before_a_freeze_goes_once() -> None:
+    """Frozen when its sections were out: it comes to, gets nothing of the round any more, and asks the others first."""
+    past = RoundRecord(3, bytes(32), ["me", "you"], ["me", "you"], [[0, 4], [4, 4]], [b"a", b"b"])
+    rounds, others = behind(past)
+    reply = asyncio.run(rounds.run(CONTRIBUTION))
+    assert reply["verdict"] == "no-group" and "no span reached anybody" in reply["problem"]
+    others.are_ahead = True
+    reply = asyncio.run(rounds.run(CONTRIBUTION))
+    assert (reply["verdict"], reply["undelivered"]) == ("done", [[4, 4]])
+    assert asyncio.run(rounds.run(replace(CONTRIBUTION, payload=b"another")))["verdict"] == "stale"
 
 
 def test_a_leader_that_comes_ends_the_wait() -> None:
