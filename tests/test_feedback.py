@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,9 +12,11 @@ import torch
 from dtrain.compression.codec import Codec
 from dtrain.compression.errors import CompressionError
 from dtrain.trainer.errors import RunError
+from dtrain.trainer.exchange import Exchange
 from dtrain.trainer.feedback import ErrorFeedback
 from dtrain.trainer.keeping import Keeper
 from dtrain.trainer.manifest import preset_manifest
+from dtrain.trainer.owed import Owed
 
 SHAPES = [("matrix", (128, 64)), ("vector", (100,)), ("scalar", ())]
 MANIFEST = preset_manifest("test", overrides={"codec.dense_bits": 32, "strategy.feedback_decay": 1.0})
@@ -121,9 +123,48 @@ def test_a_short_round_does_not_blow_up_what_a_reducer_owes(tmp_path: Path) -> N
         release_residual=lambda all: (1, [(0, 1, owed)]),
         residual_saved=lambda number: None,
         take_over=lambda first, count, values: taken.append(float(values[0])),
+        state_dict=lambda: {"feedback": CODEC.error_feedback() + 1e3},  # all of it goes at once
         **{"checkpoint_every": 0, "keep_checkpoints": 1, "checkpoint_to": "", "folder": tmp_path},
     )
     keeper = Keeper(stub, stub, stub, stub, stub, stub, stub, CODEC)
     for tokens in (2048, 2048, 256, 0, 2048):
         keeper.take_over_residual(tokens)
     assert taken == [3.0] * 5
+
+
+class Reducer:
+    """An exchange that owes one piece of the first chunks, [sum of 16 weights of 100 times a value of 1]."""
+
+    def __init__(self) -> None:
+        self.pieces = [(0, 2, (1600 * torch.ones(size(0, 2))).numpy().tobytes())]
+
+    def release_residual(self, *, all: bool) -> tuple[int, list[tuple[int, int, bytes]]]:
+        released, self.pieces = self.pieces, []
+        return 1, released
+
+
+def size(first: int, count: int) -> int:
+    place = CODEC.layout.elements(first, count)
+    return int(place.stop - place.start)
+
+
+def test_what_a_reducer_owes_is_paid_by_and_by() -> None:
+    """Sixteen members stood behind it. In one payload of one of them it would be too long for any reducer, so no
+    round's part is longer than what is in the feedback already. A checkpoint holds the rest; at last all has gone."""
+    feedback, reducer = ErrorFeedback(MANIFEST, CODEC), cast(Exchange, Reducer())
+    place = CODEC.layout.elements(0, 2)
+    kept = feedback.state_dict()["feedback"]
+    owed = Owed(CODEC, feedback)
+    assert owed.take_over(reducer, 100.0) == 1 and not kept.any()
+    paid, rounds = torch.zeros(size(0, 2)), 0
+    while owed.state_dict() and rounds < 100:
+        kept[place] = 1.0  # as payloads leave it
+        owed.pay()
+        part, rounds = kept[place] - 1.0, rounds + 1
+        paid += part
+        assert part.max() <= 1.0 + 1e-6
+        again = Owed(CODEC, feedback)
+        again.load_state_dict(owed.state_dict())  # killed, and started again
+        owed = again
+    assert rounds == 16 and torch.allclose(paid, torch.tensor(16.0))
+    assert not kept[CODEC.layout.elements(2, 1)].any()

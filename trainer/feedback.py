@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from dtrain.compression.codec import Codec
 from dtrain.trainer.errors import RunError
-from dtrain.trainer.exchange import Exchange
 from dtrain.trainer.manifest import Manifest
 
 
@@ -91,16 +89,3 @@ class ErrorFeedback:
         if stored is None or stored.shape != self._kept.shape or stored.dtype != self._kept.dtype:
             raise RunError("the stored error feedback does not fit this run's model and codec")
         self._kept.copy_(stored)
-
-
-def take_over_residual(exchange: Exchange, feedback: Feedback, weight: float, *, all: bool = False) -> int:
-    """What we kept for everybody as a reducer, and will not reduce again, is delivered with our own payloads.
-
-    Others' payloads stood behind it too, so it has to outweigh ours, whose weight is given in tokens. Returns the
-    number of hand-overs so far.
-    """
-    number, pieces = exchange.release_residual(all=all)
-    for first_chunk, num_chunks, weighted in pieces:
-        values = torch.frombuffer(bytearray(weighted), dtype=torch.float32)
-        feedback.take_over(first_chunk, num_chunks, values / weight)
-    return number

@@ -1,5 +1,5 @@
 """What a worker keeps on its disk, and how it goes on from there: theta, error feedback, the inner optimizer's state,
-how much of what it owes as a reducer is in that feedback, and what its payloads have delivered since.
+what it owes as a reducer, and what its payloads have delivered since.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dtrain.compression.errors import PayloadError
 from dtrain.trainer.checkpoint import CheckpointStore
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.exchange import Exchange
-from dtrain.trainer.feedback import Feedback, take_over_residual
+from dtrain.trainer.feedback import Feedback
 from dtrain.trainer.inner import Inner
 from dtrain.trainer.journal import Books
 from dtrain.trainer.mirror import Mirror
 from dtrain.trainer.outer_loop import OuterLoop, named, part
+from dtrain.trainer.owed import Owed
 from dtrain.trainer.reporting import Reporter
 from dtrain.trainer.sent import Ranges, Sent, SentLog, delivered
 from dtrain.trainer.settings import MachineSettings
@@ -49,7 +50,8 @@ class Keeper:
         url = settings.checkpoint_to
         self._mirror = Mirror(url, settings.keep_checkpoints, report.say) if url else None
         self._weights: deque[int] = deque(maxlen=NUM_WEIGHTS)  # of our newest payloads, in tokens
-        self._num_handed = 0  # of the residual's hand-overs that are in the feedback
+        self._owed = Owed(codec, feedback)
+        self._num_handed = 0  # of the residual's hand-overs that we have taken over
 
     def restore(self, manifest_hash: bytes) -> bool:
         """Go on from the newest checkpoint; False if there is none. UsageError if they are another run's."""
@@ -60,6 +62,7 @@ class Keeper:
             self._outer.replace(checkpoint)
             self._feedback.load_state_dict(part(checkpoint.tensors, "feedback"))
             self._inner.load_state_dict(part(checkpoint.tensors, "inner"))
+            self._owed.load_state_dict(part(checkpoint.tensors, "owed"))
             self._report.tokens = int(checkpoint.extra.get("own_tokens", 0))
             self._num_handed = int(checkpoint.extra.get(HANDED, 0))
             self._unclear = self._sent.since(checkpoint.round)
@@ -109,13 +112,14 @@ class Keeper:
             self._weights.append(tokens)
         if self._weights:
             self._take_over(all=False)
+            self._owed.pay()
             if not self._every:  # there will be no checkpoint
                 self._exchange.residual_saved(self._num_handed)
 
     def _take_over(self, *, all: bool) -> None:
         # The next payloads weigh what most do: who came late to a round has just sent one of a few tokens.
         weight = statistics.median(self._weights)
-        self._num_handed = take_over_residual(self._exchange, self._feedback, weight, all=all)
+        self._num_handed = self._owed.take_over(self._exchange, weight, all=all)
 
     def save_if_due(self) -> None:
         """A checkpoint every so many rounds."""
@@ -132,6 +136,7 @@ class Keeper:
             **self._outer.shared_tensors(),
             **named("feedback", self._feedback.state_dict()),
             **named("inner", self._inner.state_dict()),
+            **named("owed", self._owed.state_dict()),
         }
         extra = {"own_tokens": self._report.tokens, HANDED: self._num_handed}
         try:
