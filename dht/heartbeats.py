@@ -25,7 +25,7 @@ from dtrain.dht.introductions import Introductions
 from dtrain.dht.outcasts import Outcasts
 from dtrain.dht.peer_record import ABSENT, PeerRecord
 from dtrain.dht.reachability import CLIENT
-from dtrain.dht.records import MAX_LIFETIME_S, PASS_FIELD, pack_status, unpack_status
+from dtrain.dht.records import MAX_LIFETIME_S, PASS_FIELD, pack_status, take_pass, unpack_status
 from dtrain.dht.streams import in_background
 
 MAX_PEERS = 4096
@@ -219,7 +219,7 @@ class Heartbeats:
             known = self._known.get(peer_id)
             if known is not None and said <= known.said + SAME_S:
                 continue
-            if not await self._let_in(peer_id, _pass_in(status)):
+            if not await self._let_in(peer_id, take_pass(status)):
                 continue
             lasts_s = self._record_s if status.get("reach") == CLIENT else self.ttl_s
             self._keep(PeerRecord(peer_id, status, said, said, said + lasts_s))
@@ -327,11 +327,3 @@ class Heartbeats:
         works, num_active = {r.peer_id: r.work for r in donors}, sum(r.is_active for r in donors)
         believed = self._belief.ahead(works, own, num_active, time.monotonic())
         return [record for record in donors if record.peer_id in believed]
-
-
-def _pass_in(status: dict[str, Any]) -> bytes:
-    """Take the pass out of a record's status."""
-    try:
-        return base64.b64decode(str(status.pop(PASS_FIELD, "")), validate=True)
-    except ValueError:
-        return b""

@@ -7,6 +7,7 @@ stumble over when somebody reads the key: one peer's bad record must not hide ev
 
 from __future__ import annotations
 
+import base64
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -110,6 +111,14 @@ def unpack_status(blob: object) -> dict[str, Any] | None:
     if not isinstance(status.get("digest"), str) or not isinstance(status.get("state"), str):
         return None
     return status
+
+
+def take_pass(status: dict[str, Any]) -> bytes:
+    """Take the pass out of a heartbeat's fields; b"" if there is none that can be read."""
+    try:
+        return base64.b64decode(str(status.pop(PASS_FIELD, "")), validate=True)
+    except ValueError:
+        return b""
 
 
 def _status_problem(status: Mapping[str, object]) -> str:

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "experiments": {"experiments", "trainer", "compression"},
 }
 # Only files that begin so observe a real network.
-DHT_IN_EXPERIMENTS = ("lab", "demo", "dashboard", "bench_exchange", "bench_join")
+DHT_IN_EXPERIMENTS = ("lab", "demo", "dashboard", "bench_exchange", "bench_heartbeats", "bench_join")
 MAX_LINES = 330
 SUBFOLDERS = {"compression/kernels"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml"}
