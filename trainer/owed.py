@@ -17,7 +17,7 @@ from dtrain.trainer.exchange import Exchange
 from dtrain.trainer.feedback import Feedback
 
 LEAST_SHARE = 1 / 16
-"""Of the rest that goes into the feedback in a round, where there is little in it."""
+"""Of what is still owed, so much goes into the feedback each round even where there is little or nothing in it."""
 
 
 class Owed:
@@ -38,7 +38,7 @@ class Owed:
         return number
 
     def pay(self) -> None:
-        """Put so much of each piece into the feedback that it at most doubles what is there."""
+        """Put so much of each piece into the feedback that it at most doubles what is there, or LEAST_SHARE of it."""
         kept = self._feedback.state_dict()["feedback"]
         for place, values in list(self._pieces.items()):
             own, owed = kept[self._codec.layout.elements(*place)].norm().item(), values.norm().item()
