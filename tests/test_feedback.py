@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+import math
+from typing import cast
 
 import pytest
 import torch
 
 from dtrain.compression.codec import Codec
 from dtrain.compression.errors import CompressionError
+from dtrain.compression.screen import screen
 from dtrain.trainer.errors import RunError
 from dtrain.trainer.exchange import Exchange
 from dtrain.trainer.feedback import ErrorFeedback
-from dtrain.trainer.keeping import Keeper
 from dtrain.trainer.manifest import preset_manifest
 from dtrain.trainer.owed import Owed
 
@@ -114,24 +113,6 @@ def test_a_diverged_worker_sends_nothing() -> None:
     assert torch.equal(feedback.state_dict()["feedback"], CODEC.error_feedback())
 
 
-def test_a_short_round_does_not_blow_up_what_a_reducer_owes(tmp_path: Path) -> None:
-    """Who comes late to a round sends one of a few tokens. What it owes elsewhere travels with the next payloads, which
-    are as heavy as all before: divided by the light one's weight it would count many times over."""
-    taken: list[float] = []
-    owed = torch.full((4,), 6144.0).numpy().tobytes()
-    stub: Any = SimpleNamespace(
-        release_residual=lambda all: (1, [(0, 1, owed)]),
-        residual_saved=lambda number: None,
-        take_over=lambda first, count, values: taken.append(float(values[0])),
-        state_dict=lambda: {"feedback": CODEC.error_feedback() + 1e3},  # all of it goes at once
-        **{"checkpoint_every": 0, "keep_checkpoints": 1, "checkpoint_to": "", "folder": tmp_path},
-    )
-    keeper = Keeper(stub, stub, stub, stub, stub, stub, stub, CODEC)
-    for tokens in (2048, 2048, 256, 0, 2048):
-        keeper.take_over_residual(tokens)
-    assert taken == [3.0] * 5
-
-
 class Reducer:
     """An exchange that owes one piece of the first chunks, [sum of 16 weights of 100 times a value of 1]."""
 
@@ -149,22 +130,55 @@ def size(first: int, count: int) -> int:
 
 
 def test_what_a_reducer_owes_is_paid_by_and_by() -> None:
-    """Sixteen members stood behind it. In one payload of one of them it would be too long for any reducer, so no
-    round's part is longer than what is in the feedback already. A checkpoint holds the rest; at last all has gone."""
+    """Sixteen members stood behind it: no payload takes more of it than its own inner steps have made, so that one of a
+    few tokens, by who came late to a round, takes little. A checkpoint holds the rest; at last all has gone."""
     feedback, reducer = ErrorFeedback(MANIFEST, CODEC), cast(Exchange, Reducer())
     place = CODEC.layout.elements(0, 2)
     kept = feedback.state_dict()["feedback"]
     owed = Owed(CODEC, feedback)
-    assert owed.take_over(reducer, 100.0) == 1 and not kept.any()
-    paid, rounds = torch.zeros(size(0, 2)), 0
-    while owed.state_dict() and rounds < 100:
-        kept[place] = 1.0  # as payloads leave it
-        owed.pay()
-        part, rounds = kept[place] - 1.0, rounds + 1
-        paid += part
-        assert part.max() <= 1.0 + 1e-6
+    assert owed.take_over(reducer) == 1 and not kept.any()
+    made = [torch.ones(shape) for _, shape in SHAPES]
+    paid = torch.zeros(size(0, 2))
+    for weight in (25.0, 0.0, 100.0, math.nan, *[100.0] * 15):
+        kept.zero_()
+        if math.isnan(weight):
+            owed.pay([math.nan * tensor for tensor in made], 100.0)  # training has diverged
+            assert not kept.any()
+            continue
+        owed.pay(made, weight)
+        assert kept.max() <= 1.0001 and owed.state_dict().keys() <= {"0-2"}
+        paid += kept[place] * weight
         again = Owed(CODEC, feedback)
         again.load_state_dict(owed.state_dict())  # killed, and started again
         owed = again
-    assert rounds == 16 and torch.allclose(paid, torch.tensor(16.0))
+    assert not owed.state_dict() and torch.allclose(paid, torch.tensor(1600.0))
     assert not kept[CODEC.layout.elements(2, 1)].any()
+
+
+def test_who_owes_much_is_not_left_out_for_it() -> None:
+    """A hundred times as much as a payload holds: the reducers take every one of its sections, and in full."""
+    manifest = preset_manifest("test", preset="tiny")
+    shapes = [("matrix", (256, 64))]
+    codec = Codec(manifest.codec, shapes)
+    everything = (0, codec.num_chunks)
+    feedbacks = [ErrorFeedback(manifest, codec) for _ in range(8)]
+    owed = Owed(codec, feedbacks[0])
+    draws = torch.Generator().manual_seed(0)
+
+    def noise() -> torch.Tensor:
+        return torch.randn(256, 64, generator=draws)
+
+    common = noise()
+    owed.load_state_dict({f"0-{codec.num_chunks}": 100 * noise().flatten()})
+    for round in range(60):
+        sections = []
+        for index, feedback in enumerate(feedbacks):
+            made = [common + noise()]
+            if index == 0:
+                owed.pay(made, 1.0)
+            payload = feedback.encode(made, round)
+            sections.append((index, 1.0, codec.cut(payload, *everything)))
+        screened = screen(codec, sections, *everything)
+        assert not screened.refused and {weight for _, weight, _ in screened.sections} == {1.0}, round
+    [left] = owed.state_dict().values()
+    assert left.norm() < 0.5 * 100 * 128

@@ -5,8 +5,9 @@ what it owes as a reducer, and what its payloads have delivered since.
 from __future__ import annotations
 
 import logging
-import statistics
-from collections import deque
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from dtrain.compression.codec import Codec
 from dtrain.compression.errors import PayloadError
@@ -24,7 +25,6 @@ from dtrain.trainer.sent import Ranges, Sent, SentLog, delivered
 from dtrain.trainer.settings import MachineSettings
 
 HANDED = "residual_handed"
-NUM_WEIGHTS = 5
 
 
 class Keeper:
@@ -49,7 +49,6 @@ class Keeper:
         self._store = CheckpointStore(settings.folder / "checkpoints", settings.keep_checkpoints)
         url = settings.checkpoint_to
         self._mirror = Mirror(url, settings.keep_checkpoints, report.say) if url else None
-        self._weights: deque[int] = deque(maxlen=NUM_WEIGHTS)  # of our newest payloads, in tokens
         self._owed = Owed(codec, feedback)
         self._num_handed = 0  # of the residual's hand-overs that we have taken over
 
@@ -106,20 +105,15 @@ class Keeper:
         if self._every:
             self._sent.settled(round, returned)
 
-    def take_over_residual(self, tokens: int) -> None:
-        """Our payload of that weight is through: what we owe as a reducer elsewhere goes with the next ones."""
-        if tokens:
-            self._weights.append(tokens)
-        if self._weights:
-            self._take_over(all=False)
-            self._owed.pay()
-            if not self._every:  # there will be no checkpoint
-                self._exchange.residual_saved(self._num_handed)
+    def pay(self, contribution: Sequence[Tensor], tokens: int) -> None:
+        """What we owe as a reducer goes with our payloads, a part with the one that these tokens have made."""
+        self._owed.pay(contribution, float(tokens))
 
-    def _take_over(self, *, all: bool) -> None:
-        # The next payloads weigh what most do: who came late to a round has just sent one of a few tokens.
-        weight = statistics.median(self._weights)
-        self._num_handed = self._owed.take_over(self._exchange, weight, all=all)
+    def take_over_residual(self) -> None:
+        """A round is through: what we kept as a reducer for places that others reduce now is ours to deliver."""
+        self._num_handed = self._owed.take_over(self._exchange)
+        if not self._every:  # there will be no checkpoint
+            self._exchange.residual_saved(self._num_handed)
 
     def save_if_due(self) -> None:
         """A checkpoint every so many rounds."""
@@ -130,8 +124,8 @@ class Keeper:
         """A checkpoint now, unless the user wants none. Who leaves owes nothing as a reducer any more."""
         if not self._every:
             return
-        if leaving and self._weights:
-            self._take_over(all=True)
+        if leaving:
+            self._num_handed = self._owed.take_over(self._exchange, all=True)
         tensors = {
             **self._outer.shared_tensors(),
             **named("feedback", self._feedback.state_dict()),

@@ -204,6 +204,7 @@ class Worker:
     def _encode(self, training: Training) -> bytes:
         """The contribution and the error feedback become a payload; what it leaves out stays in the feedback."""
         made = self.inner.contribution(self.outer.state.theta_flat, self.local)
+        self.keeper.pay(made, training.tokens)
         return self.feedback.encode(made, training.round)
 
     def _deliver(self, payload: bytes, training: Training) -> None:
@@ -240,7 +241,7 @@ class Worker:
         if outcome.verdict in (DONE, ALONE):
             self.feedback.give_back(delivery.payload, outcome.undelivered)
             self.keeper.settled(delivery.training.round, outcome.undelivered)
-            self.keeper.take_over_residual(delivery.training.tokens)
+            self.keeper.take_over_residual()
             all_tokens = self.outer.step(outcome.aggregates)
             self.books.settled(outcome, delivery.payload, outcome.undelivered)
             self._move_local(delivery.base)
