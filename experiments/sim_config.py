@@ -11,6 +11,7 @@ from dtrain.trainer.config import require, settle_types
 
 MAX_WORKERS = 1024
 DATA_SPREADS = ("shared", "split")
+SIMULATED_PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,17 @@ class MachinesConfig:
     """Virtual seconds per inner step on a machine of speed 1."""
     speeds: tuple[float, ...] = (1.0,)
     """Relative speeds, dealt out to the workers in turn."""
+    precision: str = "fp32"
+    """Of their matrix products: fp32, or bf16, which takes less of this machine's time if it has units for it."""
 
     def __post_init__(self) -> None:
+        choices = ", ".join(SIMULATED_PRECISIONS)
+        require(
+            self.precision in SIMULATED_PRECISIONS,
+            "machines.precision",
+            f"be one of {choices}",
+            self.precision,
+        )
         value, speeds = self.step_time_s, self.speeds
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         require(number and 0 < value < 1e5, "machines.step_time_s", "be a number of seconds above 0", value)

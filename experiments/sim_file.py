@@ -64,6 +64,8 @@ class RunSpec:
             del sections["simulate"][name]
         if self.attack == AttackConfig():  # runs of before there were attacks keep their names
             del sections["attack"]
+        if self.machines.precision == MachinesConfig.precision:  # so do those of before it could be chosen
+            del sections["machines"]["precision"]
         text = json.dumps([self.manifest.to_dict(), sections], sort_keys=True)
         slug = re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")[:60]
         return f"{slug}-s{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

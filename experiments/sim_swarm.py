@@ -142,6 +142,7 @@ class Simulation:
             self._folder,
             device="cpu",
             threads=1,
+            precision=spec.machines.precision,
             max_tokens_per_s=self.manifest.train.batch_size * self.manifest.train.seq_len / step_s,
             max_rounds=spec.rounds,
             eval_every=spec.eval_every if index == 0 else 0,  # theta is one: once is enough

@@ -144,6 +144,15 @@ def test_unequal_machines_and_split_data(tmp_path: Path) -> None:
     assert split.id != spec.id and simulated(split)[0]["digest"] != row["digest"]
 
 
+def test_matrix_products_in_bf16(tmp_path: Path) -> None:
+    """They round otherwise and learn the same; the run is another one, and those in fp32 keep their names."""
+    row, _ = simulated(only_run(write_file(tmp_path)))
+    other, _ = simulated(only_run(write_file(tmp_path, "[machines]\nprecision = 'bf16'\n")))
+    assert other["id"] != row["id"] == only_run(write_file(tmp_path, "[machines]\nprecision = 'fp32'\n")).id
+    assert other["digest"] != row["digest"] and other["digests_equal"]
+    assert other["eval_loss"] == pytest.approx(row["eval_loss"], rel=0.01)
+
+
 def test_those_who_come_and_go_leave_one_theta(tmp_path: Path) -> None:
     """Joins, leaves and deaths change who is in a round; every round still ends with one theta."""
     churn = "[churn]\njoins_per_hour = 1500\nleaves_per_hour = 1500\n"
@@ -242,6 +251,7 @@ def test_a_run_that_fails_does_not_end_the_sweep(tmp_path: Path, capsys: pytest.
         ("[network]\nprofile = 'adsl'\n", (), "network.profile must be one of datacenter"),
         ("[network]\nloss = 0.9\n", (), "network.loss must be a number from 0 to 0.5, not 0.9"),
         ("[machines]\nspeeds = [1, 0]\n", (), "machines.speeds must be a list of numbers above 0"),
+        ("[machines]\nprecision = 'fp16'\n", (), "machines.precision must be one of fp32, bf16"),
         ("[churn]\ncrash_share = 2\n", (), "churn.crash_share must be between 0 and 1"),
         ("[grid]\ncodec.q = [1]\n", (), "unknown setting codec.q"),
         ("[grid]\ncodec.k = 64\n", (), "grid: codec.k must be a list of values to try"),
