@@ -202,8 +202,8 @@ class Worker:
         return Training(round, pace.tokens, loss)
 
     def _encode(self, training: Training) -> bytes:
-        """The contribution, the error feedback and a part of what we owe as a reducer become a payload; what it leaves out
-        stays in the feedback."""
+        """The contribution, the error feedback and a part of what we owe as a reducer become a payload; the feedback
+        keeps what it leaves out."""
         made = self.inner.contribution(self.outer.state.theta_flat, self.local)
         self.keeper.pay(made, training.tokens)
         return self.feedback.encode(made, training.round)
