@@ -100,6 +100,7 @@ def test_a_soak_in_small(tmp_path: Path) -> None:
     shape, _, _ = SMALL.partition("[[events]]")
     churn = "[churn]\nmtbf_s = 8\ndown_s = 1\nback_s = 8\n[bars]\nunrecovered_at_most = 0\n"
     shape = shape.replace("workers = 2\nrounds = 8", "workers = 3\nrounds = 0\nduration_s = 40")
+    shape = shape.replace("start_workers = 2", "start_workers = 3")  # nobody leaves before all are in
     lab = start(tmp_path, shape + churn)
     output = lab.communicate()[0]
     assert lab.returncode == 0, output
