@@ -57,9 +57,13 @@ class Connection:
     async def keep(self, seen: Callable[[], Sequence[str]]) -> None:
         """Stay in touch with the peers whose addresses `seen()` gives. Runs until cancelled."""
         said: dict[str, list[str]] = {}
+        here: set[str] = set()
         while True:
             await asyncio.sleep(KEEP_PERIOD_S)
             now = by_peer(seen())
+            for peer in now.keys() & said.keys() - here:
+                in_background(self._take_back(peer, now[peer]))
+            here = set(now)
             for peer in [peer for peer in now if said.get(peer, now[peer]) != now[peer]]:
                 await self._follow(peer, now[peer])
             await self._meet_all(now)
@@ -110,6 +114,11 @@ class Connection:
     def may_be_cut_off(self) -> bool:
         """Whether others may be there though we see nobody: who can be dialled would hear from them."""
         return self.reach != DIRECT or self.watch.is_offline()
+
+    async def _take_back(self, peer: str, addresses: Sequence[str]) -> None:
+        """A peer is here again, which hivemind's node may have forgotten, and all that stand in the DHT behind it."""
+        if await connect(self.p2p, PeerID.from_base58(peer), addresses):
+            await self.node.protocol.call_ping(PeerID.from_base58(peer))
 
     async def _find_back(self) -> None:
         """We have lost all of the DHT: hivemind's node forgets a peer that once was slow to answer, and nobody finds

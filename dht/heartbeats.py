@@ -17,7 +17,7 @@ import base58
 from hivemind.dht.node import DHTNode
 from hivemind.utils import get_dht_time
 
-from dtrain.compression.belief import Belief
+from dtrain.compression.belief import Belief, stand_of
 from dtrain.dht.admissions import Admissions
 from dtrain.dht.door import Entry
 from dtrain.dht.greetings import NOBODY, Greeting, Greetings, News
@@ -189,6 +189,7 @@ class Heartbeats:
             news = await self._look(latest=False)
             # Whom nobody knows nobody greets.
             await self._greetings.greet(news if self.announced else list(self._known))
+            self._introductions.look_for_the_lost(self.others())
             if self.admissions is not None:
                 await self.admissions.keep()
             await asyncio.sleep(self._pause_s())
@@ -322,8 +323,8 @@ class Heartbeats:
         return [address for address in said if isinstance(address, str)]
 
     def ahead(self) -> list[PeerRecord]:
-        """Peers whose theta has more work in it than ours, as far as we believe them."""
-        own, donors = float(self.status.get("work", 0.0)), self.donors()
-        works, num_active = {r.peer_id: r.work for r in donors}, sum(r.is_active for r in donors)
-        believed = self._belief.ahead(works, own, num_active, time.monotonic())
+        """Peers whose history is the run's rather than ours, as far as we believe them."""
+        own, donors = stand_of(self.status), self.donors()
+        stands, num_active = {r.peer_id: stand_of(r.status) for r in donors}, sum(r.is_active for r in donors)
+        believed = self._belief.ahead(stands, own, num_active, time.monotonic())
         return [record for record in donors if record.peer_id in believed]

@@ -11,7 +11,8 @@ from dtrain.dht.reachability import CLIENT
 
 # States in which a peer takes part in no round; see `dtrain.trainer.exchange.ABSENT` and `ARCHIVING`.
 ARCHIVING = "archiving"
-ABSENT = ("joining", "paused", "finished", "leaving", "stopped", ARCHIVING)
+LEFT = ("leaving", "stopped")
+ABSENT = ("joining", "paused", "finished", *LEFT, ARCHIVING)
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class PeerRecord:
     def is_active(self) -> bool:
         """Whether this peer takes part in rounds, so that the others wait for it."""
         return self.status["state"] not in ABSENT
+
+    @property
+    def has_left(self) -> bool:
+        """Whether this peer has said goodbye."""
+        return self.status["state"] in LEFT
 
     @property
     def is_archive(self) -> bool:

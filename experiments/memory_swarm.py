@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from dtrain.compression import standing
-from dtrain.compression.belief import Belief
+from dtrain.compression.belief import Belief, stand_of
 from dtrain.compression.codec import Codec
 from dtrain.experiments.memory_links import INSTANT, Links
 from dtrain.experiments.memory_peer import MemoryOutcome, MemoryPeer, fill
@@ -146,12 +146,12 @@ class MemorySwarm:
 
     def believed(self, peer_id: str) -> set[str]:
         """Others whose word on where they stand this worker believes; callers hold `changed`."""
-        others, own = self.others(peer_id), self._peers[peer_id].work
-        works = {name: peer.work for name, peer in others.items() if peer.state != "joining"}
+        others, own = self.others(peer_id), stand_of(self._peers[peer_id].status)
+        stands = {name: stand_of(peer.status) for name, peer in others.items() if peer.state != "joining"}
         num_active = sum(peer.state not in ABSENT for peer in others.values())
         belief = self._beliefs.setdefault(peer_id, Belief())
-        ahead = belief.ahead(works, own, num_active, self.clock.monotonic())
-        return {name for name, peer in others.items() if peer.work <= own or name in ahead}
+        ahead = belief.ahead(stands, own, num_active, self.clock.monotonic())
+        return {name for name, peer in others.items() if peer.work <= own[0] or name in ahead}
 
     def _is_out(self, peer_id: str) -> bool:
         return self._out.get(peer_id, -1) > self._newest

@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from round_tools import Group, play, quicken
 
-from dtrain.compression.belief import DOUBT_S, FORGIVENESS, PATIENCE_S, Belief, enough
+from dtrain.compression.belief import DOUBT_S, FORGIVENESS, PATIENCE_S, Belief, ahead, enough
 from dtrain.dht.history import RoundRecord, prove, signers
 from dtrain.dht.identity import Identity
 from dtrain.dht.meeting import Rounds
@@ -34,7 +34,8 @@ def watch(
 ) -> set[str]:
     found: set[str] = set()
     for second in range(int(seconds) + 1):
-        found = belief.ahead(works, 10.0, num_active or len(works), begin + second)
+        stands = {peer: (work, str(work)) for peer, work in works.items()}
+        found = belief.ahead(stands, (10.0, "10.0"), num_active or len(works), begin + second)
     return found
 
 
@@ -66,6 +67,38 @@ def test_who_is_ahead_for_a_moment_each_round_stays_believed() -> None:
     for number in range(0, 3600, 10):
         assert watch(belief, {**works, "a": 20.0}, float(number), 1.0) == {"a"}
         assert watch(belief, works, number + 2.0, 8.0) == set()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "follows"),
+    [
+        ((3, "b"), (4, "a"), True),  # halves of a split network: the smaller digest
+        ((3, "a"), (4, "b"), False),
+        ((2, "a"), (4, "b"), True),  # unequal ones: where more are
+        ((4, "b"), (3, "a"), False),
+        ((0, "b"), (1, "a"), True),  # in a swarm of two nobody can tell who lies
+        ((0, "a"), (1, "b"), False),
+        ((0, "a"), (6, "b"), True),  # one that diverged alone
+        ((6, "b"), (1, "a"), False),
+    ],
+)
+def test_of_equal_histories_one_is_the_runs(
+    ours: tuple[int, str], theirs: tuple[int, str], follows: bool
+) -> None:
+    """`ours` and `theirs` are how many others stand with us and elsewhere, and at which digest. At once and for as long
+    as it takes, and never do both sides follow each other."""
+    own, other = (10.0, ours[1]), (10.0, theirs[1])
+    stands = {f"with us {i}": own for i in range(ours[0])} | {f"other {i}": other for i in range(theirs[0])}
+    expected = {peer for peer in stands if "other" in peer} if follows else set()
+    belief = Belief()
+    for now in (0.0, 100.0, 1000.0):
+        assert belief.ahead(stands, own, len(stands), now) == expected
+
+
+def test_a_tie_that_few_boast_of_stops_nobody() -> None:
+    """Who is first at the end of a round stands there alone with a liar, for a moment."""
+    stands = {"liar": (10.0, "0"), **{f"peer {i}": (9.0, "x") for i in range(5)}}
+    assert ahead(stands, (10.0, "a"), len(stands)) == set()
 
 
 # ---------------------------------------------------------------------- past rounds

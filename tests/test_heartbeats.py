@@ -17,7 +17,7 @@ from hivemind.utils.timed_storage import ValueWithExpiration
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.dht import greetings, heartbeats
+from dtrain.dht import greetings, heartbeats, introductions
 from dtrain.dht.greetings import Greeting, Greetings, pack_greeting, unpack_greeting
 from dtrain.dht.heartbeats import AT_ONCE, CALM_FROM, LONGEST_PAUSE_S, Heartbeats
 from dtrain.dht.identity import Identity
@@ -218,6 +218,50 @@ def test_who_is_introduced_under_anothers_name_is_not_believed(network: Network)
         await asyncio.sleep(0.05)
         assert len(calls) == MAX_CALLS
         assert a.others() == []
+
+    play(scenario)
+
+
+async def nothing(*_: Any, **__: Any) -> None:
+    """What a DHT finds that has forgotten."""
+
+
+def test_halves_of_a_split_network_find_each_other(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though each has long forgotten the other, and so has the DHT; who had said goodbye is not called."""
+
+    async def scenario() -> None:
+        gone, *peers = [network.peer() for _ in range(6)]
+        now = get_dht_time()
+        for module in (heartbeats, introductions):
+            monkeypatch.setattr(module, "get_dht_time", lambda: now)
+
+        async def live(seconds: float) -> None:
+            nonlocal now
+            for _ in range(int(seconds / POLL_S)):
+                now += POLL_S
+                for peer in peers:
+                    await peer.announce(at(peer))
+                    peer._introductions.look_for_the_lost(peer.others())
+                for _ in range(20):
+                    await asyncio.sleep(0)
+
+        for peer in (gone, *peers):
+            await peer.announce(at(peer))
+            await peer.refresh()
+        await live(POLL_S)
+        assert [len(peer.others()) for peer in peers] == [5] * 5
+        await gone.announce({**at(gone), "state": "leaving"})
+        del network.peers[name(gone)]
+        await live(POLL_S)
+        sides = peers[:2], peers[2:]
+        network.cut = {(name(a), name(b)) for a in peers for b in peers if (a in sides[0]) != (b in sides[0])}
+        network.get = nothing  # type: ignore[method-assign]
+        await live(20 * TTL_S)
+        assert [len(peer._known) for peer in peers] == [1, 1, 2, 2, 2]
+        network.cut = set()
+        await live(2 * TTL_S)
+        assert [len(peer.others()) for peer in peers] == [4] * 5
+        assert all(name(gone) not in peer._introductions._met for peer in peers)
 
     play(scenario)
 

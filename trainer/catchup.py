@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dtrain.compression.belief import ahead, stand_of
 from dtrain.trainer.clock import SYSTEM_CLOCK, Clock
 from dtrain.trainer.download import DownloadReport
 from dtrain.trainer.errors import CheckpointError, RunError
-from dtrain.trainer.exchange import Exchange, Outcome, PeerView, can_give, work_of
+from dtrain.trainer.exchange import ABSENT, Exchange, Outcome, PeerView, can_give
 from dtrain.trainer.outer_loop import OuterLoop
 
 REPLAY_AT_MOST = 64  # rounds; peers keep no more
@@ -18,7 +19,7 @@ def catch_up(
 ) -> bool:
     """Bring theta to where the others stand; True if anything had to be fetched.
 
-    Of two histories the one with more work (tokens) in it is the run's. Missed rounds are fetched and replayed where
+    Which history is the run's is said in `compression/belief.py`. Missed rounds are fetched and replayed where
     they continue our own theta and are fewer bytes than the state; otherwise the state is downloaded, and the rounds
     that passed meanwhile are replayed on it. Returns when nobody visible is ahead. RunError if this machine cannot
     take the state.
@@ -60,15 +61,13 @@ def _training_round(view: PeerView) -> int:
 
 
 def _ahead(outer: OuterLoop, exchange: Exchange) -> PeerView | None:
-    """The peer with the most work of those that could hand it on, if that is not us or our equal."""
-    digest = outer.digest.hex()
-    views = [view for view in exchange.swarm() if can_give(view) and view.is_believed]
-    best = min(views, key=lambda view: (-work_of(view), str(view.status["digest"])), default=None)
-    if best is None or work_of(best) < outer.tokens or best.status["digest"] == digest:
-        return None
-    if work_of(best) == outer.tokens:  # two thetas, equal work: everybody settles on the smaller digest
-        return best if str(best.status["digest"]) < digest else None
-    return best
+    """The peer with the most work of those that could hand it on and whose history is the run's rather than ours."""
+    views = {view.peer_id: view for view in exchange.swarm() if can_give(view)}
+    num_active = sum(view.status["state"] not in ABSENT for view in views.values())
+    stands = {peer: stand_of(view.status) for peer, view in views.items() if view.is_believed}
+    found = ahead(stands, (float(outer.tokens), outer.digest.hex()), num_active)
+    best = min(found, key=lambda peer: (-stands[peer][0], stands[peer][1]), default=None)
+    return None if best is None or stands[best][1] == outer.digest.hex() else views[best]
 
 
 def _num_missed(outer: OuterLoop, best: PeerView) -> int:
