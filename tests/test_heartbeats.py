@@ -222,6 +222,22 @@ def test_who_is_introduced_under_anothers_name_is_not_believed(network: Network)
     play(scenario)
 
 
+def test_halves_of_equal_work_settle_on_one_theta(network: Network) -> None:
+    """Though they are at different rounds, so that neither would ever meet the other: one of them is behind."""
+
+    async def scenario() -> None:
+        peers = [network.peer() for _ in range(4)]
+        for number, peer in enumerate(peers):
+            await peer.announce({**STATUS, "digest": "ab" if number < 2 else "cd", "round": 3 + number // 2})
+            await peer.refresh()
+        await peers[0].announce(peers[0].status)
+        behind = {name(peer): {record.peer_id for record in peer.ahead()} for peer in peers}
+        those = {name(peer) for peer in peers[:2]}
+        assert behind == {name(peer): set() if name(peer) in those else those for peer in peers}
+
+    play(scenario)
+
+
 async def nothing(*_: Any, **__: Any) -> None:
     """What a DHT finds that has forgotten."""
 
