@@ -314,3 +314,34 @@ def test_a_history_that_the_swarm_refuses_again_and_again_yields() -> None:
         assert not fetched
         outer.was_refused(caught_up=fetched)
     assert catch(outer, donor) and stand_equal(outer, donor.outer)
+
+
+def test_who_has_caught_up_waits_for_no_liar() -> None:
+    """One claims as much work as all the others, at a digest that nobody can give: among five it is followed by none."""
+    donor = OneDonor(outer_loop())
+    donor.advance(2)
+    swarm, outer, heard = donor.swarm, outer_loop(), Heard()
+
+    def lied_to() -> list[View]:
+        [honest] = swarm()
+        liar = View({**honest.status, "digest": "0" * 64}, "liar")
+        return [replace(honest, peer_id=f"honest {i}") for i in range(4)] + [liar]
+
+    donor.swarm = lied_to  # type: ignore[method-assign]
+    assert catch(outer, donor, heard)
+    assert stand_equal(outer, donor.outer)
+    assert heard.clock.now == 0.0
+
+
+def test_of_two_halves_the_smaller_takes_over_the_others_state() -> None:
+    """Though its own history has as much work in it."""
+    donor, outer = OneDonor(outer_loop()), outer_loop()
+    donor.advance(2)
+    alike, swarm = outer_loop(), donor.swarm
+    for _ in range(2):
+        outer.step(round_of(alike))  # the same sums twice: another theta
+    assert outer.tokens == donor.outer.tokens and outer.digest != donor.outer.digest
+    donor.swarm = lambda: [replace(swarm()[0], peer_id=peer) for peer in "abc"]  # type: ignore[method-assign]
+    assert catch(outer, donor)
+    assert stand_equal(outer, donor.outer)
+    assert donor.num_downloads == 1
