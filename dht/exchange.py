@@ -277,8 +277,8 @@ class DhtExchange:
         payload: bytes | None = self._ask("fetch_contribution", peer_id=peer_id, round=round)
         return payload
 
-    def fetch_round(self, round: int) -> Outcome | None:
-        answer = self._ask("fetch_round", round=round)
+    def fetch_round(self, round: int, unlike: Sequence[bytes] = ()) -> Outcome | None:
+        answer = self._ask("fetch_round", round=round, unlike=list(unlike))
         return None if answer is None else outcome_of(round, answer)
 
     def _ask(self, name: str, **args: Any) -> Any:

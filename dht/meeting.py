@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,15 +119,16 @@ class Rounds:
         """Whether nobody here can be dialled, us included: such peers cannot meet. Alone we would leave the run."""
         return self._is_client and not any(record.can_be_dialled for record in self._heartbeats.active())
 
-    async def fetch(self, round: int) -> Reply | None:
-        """A past round from our disk or from any peer that has it; everything in it checked."""
-        past = self.passed.get(round) or await self._past(round)
+    async def fetch(self, round: int, unlike: Sequence[bytes] = ()) -> Reply | None:
+        """A past round from our disk or from any peer that has it; everything in it checked. See
+        `trainer.exchange.Exchange`."""
+        past = (None if unlike else self.passed.get(round)) or await self._past(round, unlike)
         return None if past is None else _reply("done", past)
 
     def _newest(self) -> int:
         return max((int(record.status["round"]) for record in self._heartbeats.donors()), default=0)
 
-    async def _past(self, round: int) -> RoundRecord | None:
+    async def _past(self, round: int, unlike: Sequence[bytes] = ()) -> RoundRecord | None:
         """One that most of the reducers that we see have signed, or that enough peers have alike: a liar could lead us
         anywhere by a past round of its own making. Where few are there, nobody can tell."""
         donors = self._heartbeats.donors()
@@ -140,6 +141,8 @@ class Rounds:
             except Exception as error:  # unreachable, or has it no more
                 logging.info("%s cannot give round %d: %r", record.peer_id, round, error)
             else:
+                if past.aggregates == list(unlike):
+                    continue
                 found.append(past)
                 alike = sum(is_same(other, past) for other in found)
                 if self._is_borne_out(past) or alike >= enough(len(donors)):

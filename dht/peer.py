@@ -269,7 +269,7 @@ class NetworkPeer:
     async def fetch_round(self, args: Args) -> Args | None:
         """A past round from any peer that has it; everything in it checked."""
         await self._opened.wait()
-        return await self._rounds.fetch(args["round"])
+        return await self._rounds.fetch(args["round"], args["unlike"])
 
     async def accuse(self, args: Args) -> None:
         """The worker has found a peer's work to be bad, when it was at a round."""

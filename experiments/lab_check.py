@@ -5,9 +5,10 @@ and holds the journals against each other. What it proves of a run, or names the
 
 journal     every entry is signed by its worker, and none was changed, left out or added
 once        every chunk of every payload is in exactly one aggregate of the run's history, or back in its worker's error
-            feedback; that of a worker that died before it knew is in at most one aggregate. Of two payloads that a
-            worker has made for one round, of which the first came back, aggregates hold the one that it says, unless
-            they weigh more than that one: they tell weights, not payloads
+            feedback (what is in both, after a split, is taken out of the feedback when the worker learns of it); that
+            of a worker that died before it knew is in at most one aggregate. Of two payloads that a worker has made for
+            one round, of which the first came back, aggregates hold the one that it says, unless they weigh more than
+            that one: they tell weights, not payloads
 agreed      who applied a round applied the same aggregates, and they give one digest
 made        whoever is in an aggregate made that payload, on that base, with that weight
 chain       every round continues the theta that its worker stood at
@@ -21,10 +22,9 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dtrain.trainer.exchange import ALONE, DONE
 from dtrain.trainer.journal import Entry, read_journal
@@ -143,9 +143,7 @@ def _check_agreement(applied: Sequence[Applied], report: Report) -> None:
     for one in applied:
         seen = first.setdefault((*one.key, one.entry["after"]), one)
         if seen.spans != one.spans:
-            report.blame(
-                "agreed", one.who, f"round {one.key[0]} has other aggregates than {seen.who} applied"
-            )
+            report.blame("agreed", one.who, f"round {one.key[0]} has other aggregates than {seen.who}'s")
     for one in applied:
         spans = sorted(one.spans)
         if any(a[0] + a[1] > b[0] for a, b in itertools.pairwise(spans)):
@@ -224,6 +222,9 @@ def _check_payloads(
             continue
         peer_id, chunks = begins[0]["peer_id"], begins[0]["chunks"]
         settled = _settled_by_payload(who, journal, report)
+        forgot = {
+            entry["payload"]: _chunks(entry["ranges"]) for entry in journal if entry["kind"] == "forgot"
+        }
         own = [entry for entry in journal if entry["kind"] == "made"]
         for entry in own:
             report.payloads += 1
@@ -235,7 +236,8 @@ def _check_payloads(
                 for span, weight in inside.get(key, {}).items()
                 if _whose(made[key], settled, weight) is entry
             }
-            _check_payload(who, peer_id, chunks, settled.get(entry["payload"]), held, history, report)
+            end, gone = settled.get(entry["payload"]), forgot.get(entry["payload"], set())
+            _check_payload(who, peer_id, chunks, end, held, gone, history, report)
     for (peer_id, number, base), held in inside.items():
         weights = {entry["tokens"] for entry in made.get((peer_id, number, base), [])}
         for weight in {
@@ -283,10 +285,12 @@ def _check_payload(
     chunks: int,
     settled: Entry | None,
     held: Mapping[tuple[int, int], float],
+    forgot: set[int],
     history: Mapping[tuple[int, str], str],
     report: Report,
 ) -> None:
-    """One payload's fate: `held` are the spans of the history that hold it."""
+    """One payload's fate: `held` are the spans of the history that hold it, `forgot` the chunks that were in the error
+    feedback first and then not any more."""
     if settled is None:
         report.unknown += 1
         return
@@ -295,17 +299,22 @@ def _check_payload(
     own = {(first, count) for first, count, _, weights in settled["aggregates"] if peer_id in weights}
     if gap := _not_once([*own, *returned], chunks):
         report.blame("once", who, f"the payload of round {number}: {gap}")
-    for first, count in returned:
-        if any(first < end and start < first + count for start, end in ((a, a + n) for a, n in held)):
-            report.blame(
-                "once", who, f"the payload of round {number}: chunks from {first} are applied and returned"
-            )
+    inside = _chunks(held)
+    if twice := (_chunks(returned) - forgot) & inside:
+        text = f"the payload of round {number}: chunks from {min(twice)} are applied and returned"
+        report.blame("once", who, text)
+    if lost := forgot - (_chunks(returned) & inside):
+        report.blame("once", who, f"the payload of round {number}: chunks from {min(lost)} are forgotten")
     is_ours = settled["verdict"] in APPLIED and history.get((number, settled["base"])) == settled["after"]
     if is_ours and own != set(held):
         report.blame("once", who, f"round {number} was applied with other parts of it than it knows of")
     report.returned += bool(returned)
     report.delivered += is_ours and not returned
     report.discarded += settled["verdict"] in APPLIED and not is_ours
+
+
+def _chunks(parts: Iterable[Sequence[int]]) -> set[int]:
+    return {chunk for first, count in parts for chunk in range(first, first + count)}
 
 
 def _not_once(parts: Sequence[tuple[int, int]], chunks: int) -> str:
@@ -318,8 +327,3 @@ def _not_once(parts: Sequence[tuple[int, int]], chunks: int) -> str:
             return f"chunks {first} to {at - 1} are accounted for twice"
         at = first + count
     return "" if at == chunks else f"chunks {at} to {chunks - 1} are neither delivered nor returned"
-
-
-def figures(report: Report) -> dict[str, Any]:
-    """For the summary."""
-    return {key: value for key, value in vars(report).items()}

@@ -11,7 +11,6 @@ from typing import Any
 
 import psutil
 
-from dtrain.experiments import lab_check
 from dtrain.experiments.lab_director import Happened
 from dtrain.experiments.lab_evidence import HEAL_S, Evidence, Round
 from dtrain.experiments.lab_file import Scenario
@@ -54,7 +53,7 @@ def summarize(evidence: Evidence, *, began: float, seconds: float, clean: Mappin
         "discarded_rounds": evidence.report.discarded_rounds,
         "unrecovered": sum(event["recovery_s"] is None for event in events if event["recovers"]),
         "violations": len(evidence.report.violations),
-        "accounting": lab_check.figures(evidence.report),
+        "accounting": vars(evidence.report),
         "events": events,
         "seconds": round(seconds, 1),
         "machine": f"{platform.machine()}, {psutil.cpu_count()} cores, Python {platform.python_version()}",

@@ -108,11 +108,12 @@ class MemoryExchange:
         self._transfer(peer_id, len(sent))
         return sent
 
-    def fetch_round(self, round: int) -> Outcome | None:
+    def fetch_round(self, round: int, unlike: Sequence[bytes] = ()) -> Outcome | None:
         """See `Exchange`. Of several histories, the one that most workers share."""
         with self._swarm.changed:
             others = self._swarm.others(self._peer_id)
             kept = {name: peer.history[round] for name, peer in others.items() if round in peer.history}
+            kept = {name: end for name, end in kept.items() if end.aggregates != tuple(unlike)}
             if not kept:
                 return None
             shared = Counter(outcome.aggregates for outcome in kept.values())

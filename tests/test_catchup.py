@@ -317,7 +317,7 @@ def test_a_history_that_the_swarm_refuses_again_and_again_yields() -> None:
 
 
 def test_who_has_caught_up_waits_for_no_liar() -> None:
-    """One claims as much work as all the others, at a digest that nobody can give: among five it is followed by none."""
+    """One claims as much work as the others, at a digest that nobody can give: among five it is followed by none."""
     donor = OneDonor(outer_loop())
     donor.advance(2)
     swarm, outer, heard = donor.swarm, outer_loop(), Heard()

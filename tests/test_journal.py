@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,12 @@ def make_twice_and_apply_the_first(journals: Journals) -> None:
     weigh_more(journals)
 
 
+def forget_what_came_back(journals: Journals) -> None:
+    """It takes a part out of its error feedback that is in no aggregate."""
+    settled = next(e for e in journals["a"] if e["kind"] == "settled" and e["returned"])
+    journals["a"].append({**settled, "kind": "forgot", "ranges": settled["returned"]})
+
+
 def test_who_makes_two_payloads_for_a_round_may_keep_the_first(folder: Path) -> None:
     """Aggregates tell by their weights that they hold the second."""
     journals, report = read(folder)
@@ -185,6 +192,7 @@ def test_who_makes_two_payloads_for_a_round_may_keep_the_first(folder: Path) -> 
         ("once", return_what_was_delivered),
         ("once", deny_a_round),
         ("once", settle_twice),
+        ("once", forget_what_came_back),
         ("once", make_twice_and_apply_the_first),
         ("agreed", apply_other_bytes),
         ("one", hold_another_theta),
@@ -268,6 +276,42 @@ def test_a_split_swarm_may_have_two_histories_for_a_while(folder: Path) -> None:
     assert report.violations == [] and report.discarded == 1
     assert any("one:" in line for line in check(forked, Report(), forks_until=now - 1).violations)
     assert any("one:" in line for line in check(forked, Report()).violations)
+
+
+def test_what_came_back_in_one_half_and_is_in_the_others_theta_goes_once(tmp_path: Path) -> None:
+    """The network is split while a round is exchanged: a loses a span, which the others have, its own part in it. Once
+    it stands on their theta that part is no more in its error feedback."""
+    manifest = quick_manifest(exchange__start_workers=3)
+    with swarm_of(manifest, tmp_path) as threads:
+        chunks = threads.swarm._codec.num_chunks
+        journals = {name: open_journal(tmp_path, name, threads.manifest.hash.hex(), chunks) for name in NAMES}
+        a = threads.prepare("a", journals["a"], max_rounds=ROUNDS)
+        run_round, lost = a.exchange.run_round, []
+
+        def run(**contribution: Any) -> Any:
+            outcome: Any = run_round(**contribution)
+            if contribution["round"] != 2 or lost:
+                return outcome
+            lost.append(a.codec.span_of(outcome.aggregates[1]))
+            return replace(
+                outcome, aggregates=outcome.aggregates[:1] + outcome.aggregates[2:], undelivered=tuple(lost)
+            )
+
+        a.exchange.run_round = run  # type: ignore[method-assign]
+        for name in ("b", "c"):
+            threads.start(name, journals[name], max_rounds=ROUNDS)
+        threads.begin("a")
+        threads.join()
+        for journal in journals.values():
+            journal.close()
+    found, report = read(tmp_path)
+    check(found, report, forks_until=time.time())
+    assert report.violations == [] and report.discarded_rounds == 1
+    [forgot] = [entry for entry in found["a"] if entry["kind"] == "forgot"]
+    assert (forgot["round"], [tuple(part) for part in forgot["ranges"]]) == (2, lost)
+    found["a"].remove(forgot)
+    [violation] = check(found, Report(), forks_until=time.time()).violations
+    assert violation.startswith("once: a: the payload of round 2") and "applied and returned" in violation
 
 
 def test_a_full_disk_loses_no_entry(tmp_path: Path) -> None:

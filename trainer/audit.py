@@ -64,6 +64,11 @@ class AuditedFeedback:
         self._expected[self._codec.layout.elements(first_chunk, num_chunks)] += values
         self._feedback.take_over(first_chunk, num_chunks, values)
 
+    def age(self) -> None:
+        """See Feedback."""
+        self._feedback.age()
+        self._expected.copy_(self._feedback.state_dict()["feedback"])
+
     def forget(self, payload: bytes, ranges: Sequence[tuple[int, int]]) -> None:
         """See Feedback."""
         self._feedback.forget(payload, ranges)

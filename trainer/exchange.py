@@ -217,8 +217,9 @@ class Exchange(Protocol):
         be dialled, or shows what it has not signed. One that has signed something else for us is accused of it.
         """
 
-    def fetch_round(self, round: int) -> Outcome | None:
-        """Get the aggregates of a past round from any peer that still has them, to catch up without a download."""
+    def fetch_round(self, round: int, unlike: Sequence[bytes] = ()) -> Outcome | None:
+        """Get the aggregates of a past round from any peer that still has them, to catch up without a download; with
+        `unlike`, as it ended for those for whom it did not end with these aggregates."""
 
     def fetch_state(self, watch: Watch) -> State | None:
         """Download the state that the donors agree on, of several the one with the most work behind it.

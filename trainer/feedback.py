@@ -32,8 +32,11 @@ class Feedback(Protocol):
     def take_over(self, first_chunk: int, num_chunks: int, values: Tensor) -> None:
         """Keep `values` of these chunks too [their elements in chunk order]: they are owed to theta, and now by us."""
 
+    def age(self) -> None:
+        """As a round's payload would have let it decay."""
+
     def forget(self, payload: bytes, ranges: Sequence[tuple[int, int]]) -> None:
-        """An old feedback was loaded: a payload made after it has delivered these ranges, which must not go twice."""
+        """These ranges of a payload are in theta, though they are in the feedback too: they must not go twice."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """This worker's own state, for its checkpoints."""
@@ -71,10 +74,12 @@ class ErrorFeedback:
         """See Feedback."""
         self._kept[self._codec.layout.elements(first_chunk, num_chunks)] += values.to(self._kept.device)
 
-    def forget(self, payload: bytes, ranges: Sequence[tuple[int, int]]) -> None:
-        """See Feedback. What was added for that payload is lost with the process; where it sent something, next to
-        nothing was left."""
+    def age(self) -> None:
+        """See Feedback."""
         self._kept *= self._decay
+
+    def forget(self, payload: bytes, ranges: Sequence[tuple[int, int]]) -> None:
+        """See Feedback. Where the payload sent something, next to nothing else was left."""
         for first_chunk, num_chunks in ranges:
             sent = self._codec.values(self._codec.cut(payload, first_chunk, num_chunks)) != 0
             self._kept[self._codec.layout.elements(first_chunk, num_chunks)][sent.to(self._kept.device)] = 0.0

@@ -11,6 +11,8 @@ made      a payload was made: round, base (digest of theta), payload (hash), tok
 settled   its round is over for this worker: round, base, payload, verdict, after (digest of the theta that it led to),
           aggregates [[first chunk, number of chunks, hash, {peer id: tokens}]], returned [[first chunk, number of
           chunks]] that went back into the error feedback
+forgot    these ranges of an earlier payload, which had come back, are in theta as it was taken over from others, and so
+          taken out of the error feedback: round, payload, ranges
 saved     a checkpoint is on disk, whole: round, digest
 left      the worker ended by itself: round, digest
 """
@@ -114,6 +116,11 @@ class Books:
             aggregates=[self._of(outcome, blob) for blob in outcome.aggregates] if is_applied else [],
             returned=[list(part) for part in returned],
         )
+
+    def forgot(self, round: int, payload: bytes, ranges: Sequence[tuple[int, int]]) -> None:
+        if self._journal is not None:
+            parts = [list(part) for part in ranges]
+            self._journal.write("forgot", round=round, payload=hash_of(payload), ranges=parts)
 
     def _of(self, outcome: Outcome, aggregate: bytes) -> list[Any]:
         weights = {outcome.members[index]: weight for index, weight in self._codec.contributors(aggregate)}

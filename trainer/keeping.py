@@ -5,7 +5,9 @@ what it owes as a reducer, and what its payloads have delivered since.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -21,10 +23,22 @@ from dtrain.trainer.mirror import Mirror
 from dtrain.trainer.outer_loop import OuterLoop, named, part
 from dtrain.trainer.owed import Owed
 from dtrain.trainer.reporting import Reporter
-from dtrain.trainer.sent import Ranges, Sent, SentLog, delivered
+from dtrain.trainer.sent import Ranges, Sent, SentLog, common, delivered
 from dtrain.trainer.settings import MachineSettings
 
 HANDED = "residual_handed"
+MAX_BACK = 4
+
+
+@dataclass(frozen=True)
+class Back:
+    """A round of which a part of our payload came back. `origin` is `OuterLoop.origin` at its end."""
+
+    round: int
+    payload: bytes
+    returned: Ranges
+    aggregates: Sequence[bytes]
+    origin: bytes
 
 
 class Keeper:
@@ -45,6 +59,8 @@ class Keeper:
         self._exchange, self._outer, self._feedback, self._inner = exchange, outer, feedback, inner
         self._report, self._books, self._codec = report, books, codec
         self._sent = SentLog(settings.folder / "sent")
+        self._newest = b""  # our payload
+        self._back = deque[Back](maxlen=MAX_BACK)
         self._unclear: list[Sent] = []  # payloads of an earlier start, not yet taken out of the feedback
         self._store = CheckpointStore(settings.folder / "checkpoints", settings.keep_checkpoints)
         url = settings.checkpoint_to
@@ -75,18 +91,30 @@ class Keeper:
         What went into rounds that theta does not have (everybody died, and went on from older checkpoints) stays.
         """
         for sent in self._unclear:
-            returned = self._ask(sent) if sent.returned is None else sent.returned
+            returned = self._ask(sent.round) if sent.returned is None else sent.returned
             try:
                 if sent.round < self._outer.round:
+                    self._feedback.age()  # what was added for that payload is lost with the process
                     self._feedback.forget(sent.payload, delivered(self._codec.num_chunks, returned))
             except PayloadError as error:  # a spoiled file
                 logging.warning("the payload of round %d cannot be read again: %s", sent.round, error)
         self._unclear = []
         self._sent.trim(0, self._outer.round)
 
-    def _ask(self, sent: Sent) -> Ranges:
-        """What of a payload reached nobody, as those know who were in its round; all of it, if nobody was."""
-        outcome, own = self._exchange.fetch_round(sent.round), self._exchange.peer_id
+    def forget_what_others_have(self) -> None:
+        """Theta is the others' now. If they were on the other side of a split network, a round that was under way then
+        had two ends: what came back to us of our payload may be in theirs."""
+        for back in [back for back in self._back if back.origin != self._outer.origin]:
+            self._back.remove(back)
+            there = delivered(self._codec.num_chunks, self._ask(back.round, back.aggregates))
+            if both := common(there, back.returned):
+                self._feedback.forget(back.payload, both)
+                self._books.forgot(back.round, back.payload, both)
+
+    def _ask(self, round: int, unlike: Sequence[bytes] = ()) -> Ranges:
+        """What of a round's payload reached nobody, as those know who were in it; all of it, if nobody was. `unlike`:
+        see `Exchange.fetch_round`."""
+        outcome, own = self._exchange.fetch_round(round, unlike), self._exchange.peer_id
         if outcome is None or own not in outcome.contributors:
             return [(0, self._codec.num_chunks)]
         index = list(outcome.members).index(own)
@@ -97,11 +125,14 @@ class Keeper:
 
     def made(self, payload: bytes, round: int) -> None:
         """A payload is about to leave."""
+        self._newest = payload
         if self._every:
             self._sent.made(payload, round)
 
-    def settled(self, round: int, returned: Ranges) -> None:
-        """The round of our newest payload is over, and this of it is back in the feedback."""
+    def settled(self, round: int, returned: Ranges, aggregates: Sequence[bytes] = ()) -> None:
+        """The round of our newest payload is over, with these aggregates, and this of it is back in the feedback."""
+        if aggregates and returned:
+            self._back.append(Back(round, self._newest, returned, aggregates, self._outer.origin))
         if self._every:
             self._sent.settled(round, returned)
 

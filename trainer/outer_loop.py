@@ -40,6 +40,7 @@ class OuterLoop:
         self.state = OuterState(local.flat.detach().cpu().clone())
         self.theta: list[Tensor] = local.views(self.state.theta_flat)
         self._hashes, self.digest = self._hashed()
+        self.origin = b""  # digest of the newest state that was taken over from others
         self._vain = 0  # see was_refused
         self._lock = threading.Lock()  # theta and its round change together: donors read from another thread
 
@@ -129,6 +130,7 @@ class OuterLoop:
             self.strategy.load_shared_state(shared)
             self.state.theta_flat.copy_(given[0])
             self._stands_at(state.round, int(state.work))
+            self.origin = state.digest
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -93,6 +93,12 @@ def delivered(num_chunks: int, returned: Ranges) -> list[tuple[int, int]]:
     return [(a, b - a) for a, b in zip(edges[::2], edges[1::2]) if a < b]
 
 
+def common(a: Ranges, b: Ranges) -> list[tuple[int, int]]:
+    """The ranges of chunks that are in both."""
+    spans = [(max(i, j), min(i + m, j + n)) for i, m in a for j, n in b]
+    return sorted((start, end - start) for start, end in spans if start < end)
+
+
 def _write(path: Path, blob: bytes) -> None:
     """Whole or not at all, for a process that is killed; a power cut may lose the newest."""
     draft = path.with_suffix(path.suffix + ".tmp")

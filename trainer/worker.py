@@ -161,6 +161,7 @@ class Worker:
         """Stand where the others stand; True if anything had to be fetched."""
         fetched = catch_up(self.outer, self.exchange, self.download, self.clock)
         self.books.note("stands")
+        self.keeper.forget_what_others_have()
         return fetched
 
     def _hold(self) -> None:
@@ -241,7 +242,7 @@ class Worker:
         outcome = self.report.waiting_for(delivery.outcome)
         if outcome.verdict in (DONE, ALONE):
             self.feedback.give_back(delivery.payload, outcome.undelivered)
-            self.keeper.settled(delivery.training.round, outcome.undelivered)
+            self.keeper.settled(delivery.training.round, outcome.undelivered, outcome.aggregates)
             self.keeper.take_over_residual()
             all_tokens = self.outer.step(outcome.aggregates)
             self.books.settled(outcome, delivery.payload, outcome.undelivered)
