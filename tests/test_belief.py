@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,12 +155,12 @@ class Peers:
         return self.has[peer_id]
 
 
-def fetched(has: dict[str, RoundRecord]) -> RoundRecord | None:
+def fetched(has: dict[str, RoundRecord], unlike: Sequence[bytes] = ()) -> RoundRecord | None:
     peers: Any = Peers(has)
     rounds = Rounds(
         peers, peers, is_client=False, may_be_cut_off=lambda: False, passed_folder=Path("nowhere")
     )
-    return asyncio.run(rounds._past(ROUND))
+    return asyncio.run(rounds._past(ROUND, unlike))
 
 
 FORGED = replace(past(), aggregates=[b"mine", b"too", b"all"], proof=b"")
@@ -182,6 +183,15 @@ def test_old_rounds_whose_reducers_are_gone_need_several_words() -> None:
     few = {"liar": FORGED, **{f"peer {i}": replace(gone, spans=[[i, 1]]) for i in range(4)}}
     assert fetched(few) is None
     assert fetched({"a": gone, "b": FORGED}) == gone
+
+
+def test_a_round_with_two_ends_is_had_as_the_others_have_it() -> None:
+    """Each half of a split network has ended it by itself: neither end is signed by most."""
+    ours, theirs = (replace(past(), aggregates=[b"a", b"b", end], proof=b"") for end in (b"c", b"d"))
+    has = {f"peer {i}": ours if i < 3 else theirs for i in range(7)}
+    assert fetched(has, ours.aggregates) == theirs and fetched(has, theirs.aggregates) == ours
+    assert fetched(dict.fromkeys(has, ours), ours.aggregates) is None
+    assert fetched({**dict.fromkeys(list(has)[:5], ours), "liar": theirs}, ours.aggregates) is None
 
 
 def test_a_state_needs_the_words_of_more_than_a_third() -> None:
