@@ -34,9 +34,8 @@ class Introductions:
         """`hears(peer id)`: whether we know that peer already; `greet(peer id)` tells it our news and hears its own."""
         self._p2p, self._own_id, self._hears, self._greet = p2p, own_id, hears, greet
         self._called: dict[str, float] = {}  # peer id: when
-        self._met: dict[
-            str, str
-        ] = {}  # address by peer id, of those that have not said goodbye; latest seen last
+        # Address by peer id, of those that have not said goodbye; the latest seen last.
+        self._met: dict[str, str] = {}
 
     def meet(self, address: str) -> None:
         """Another peer knows somebody there: call it in the background, if it is new to us."""

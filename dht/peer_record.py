@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dtrain.compression.belief import stand_of
 from dtrain.dht.greetings import NOBODY, Leads
 from dtrain.dht.reachability import CLIENT
 
@@ -55,5 +56,4 @@ class PeerRecord:
     @property
     def work(self) -> float:
         """Tokens in the history of this peer's theta; of two histories the one with more work is the run's."""
-        work = self.status.get("work", 0)
-        return float(work) if isinstance(work, (int, float)) else 0.0
+        return stand_of(self.status)[0]

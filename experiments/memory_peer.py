@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from dtrain.compression.belief import stand_of
 from dtrain.compression.standing import Observations
 from dtrain.experiments.memory_round import Reduced
 from dtrain.trainer.exchange import Provider
@@ -61,8 +62,7 @@ class MemoryPeer:
     @property
     def work(self) -> float:
         """Tokens in the history of its theta."""
-        work = self.status.get("work", 0)
-        return float(work) if isinstance(work, (int, float)) else 0.0
+        return stand_of(self.status)[0]
 
     @property
     def position(self) -> int:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from mmap import mmap
 from typing import Protocol
 
+from dtrain.compression.belief import stand_of
+
 # How a call of `Exchange.run_round` can end.
 DONE = "done"  # a group met; `aggregates` holds what it agreed on
 ALONE = "alone"  # nobody else is there; `aggregates` holds our own contribution
@@ -95,8 +97,7 @@ class PeerView(Protocol):
 
 def work_of(view: PeerView) -> float:
     """Tokens in the history of a peer's theta; of two histories the one with more work is the run's."""
-    work = view.status.get("work", 0)
-    return float(work) if isinstance(work, (int, float)) else 0.0
+    return stand_of(view.status)[0]
 
 
 def is_archive(view: PeerView) -> bool:
