@@ -46,10 +46,16 @@ class Malformed(Exception):
     """The donor broke the format or sent other bytes than its state has; the text is the reason."""
 
 
+def _agreed(judges: Sequence[Sequence[Standing]]) -> set[Standing]:
+    """The states that more than a third of them hold, and two at least."""
+    holders = Counter(standing for offers in judges for standing in set(offers))
+    return {standing for standing, number in holders.items() if number >= enough(len(judges))}
+
+
 class StateFetch:
     """One download. `donors()` names the peers that may have state now, `active()` those of them that take part in
-    rounds; `on_left(peer, reason)` is told of each donor
-    that is left for good."""
+    rounds; `where()` is the digest where most of them say that they stand, `own` that of the state that we have.
+    `on_left(peer, reason)` is told of each donor that is left for good."""
 
     def __init__(
         self,
@@ -61,11 +67,13 @@ class StateFetch:
         active: Callable[[], Sequence[str]],
         passed: PassedRounds,
         least_work: float,
+        own: bytes,
+        where: Callable[[], bytes],
         on_progress: OnProgress,
         on_left: OnLeft,
     ):
         self._donors, self._method, self._partial, self._pieces = donors, method, partial, pieces
-        self._active, self._passed = active, passed
+        self._active, self._passed, self._own, self._where = active, passed, own, where
         self._least_work, self._on_progress, self._on_left = least_work, on_progress, on_left
         self._left: set[str] = set()  # donors caught with bad data
         self._hashes: list[bytes] = []
@@ -111,30 +119,35 @@ class StateFetch:
 
     async def _choose(self) -> Standing | None:
         """The state to get: one that more than a third of the donors have, and two at least, if there is any; of these
-        the one with the most work. Donors that take part in no round may have an old one: they are asked what to get
-        where hardly any other answers."""
+        the one with the most work. None if that is our own."""
         begun = self._partial.standing
+        judges = await self._judges(begun.digest if begun is not None else b"")
+        agreed = _agreed(judges)
+        if {standing.digest for standing in agreed} == {self._own}:
+            # Those on our history hold what we have, and the others one each that somebody asked for once.
+            judges = await self._judges(self._where())
+            agreed = _agreed(judges)
+        holders = Counter(standing for offers in judges for standing in set(offers))
+        if not agreed and len(judges) >= MIN_PEERS:
+            # While rounds pass quickly all differ; a liar is not in the middle.
+            middle = statistics.median_low(max(s.work for s in offers) for offers in judges)
+            agreed = {standing for standing in holders if standing.work == middle}
+        others = {standing for standing in agreed or holders if standing.digest != self._own}
+        if not others:
+            return None
+        best = min(others, key=lambda s: (-s.work, -holders[s], s.digest))
+        if begun is None or begun not in holders or begun.digest == self._own:
+            return best
+        return begun if best.round - self._passed.reached(begun.round) <= RESUMABLE_ROUNDS else best
+
+    async def _judges(self, wanted: bytes) -> list[list[Standing]]:
+        """What each donor holds. Those that take part in no round may have an old state: they are asked what to get
+        where hardly any other answers."""
         donors = list(self._donors())
-        wanted = begun.digest if begun is not None else b""
         answers = await asyncio.gather(*(self._offers(donor, wanted) for donor in donors))
         active = set(self._active())
         judges = [offers for donor, offers in zip(donors, answers) if offers and donor in active]
-        if len(judges) < 2:
-            judges = [offers for offers in answers if offers]
-        holders = Counter(standing for offers in judges for standing in set(offers))
-        if not holders:
-            return None
-        agreed = {standing for standing, num in holders.items() if num >= enough(len(judges))}
-        if (
-            not agreed and len(judges) >= MIN_PEERS
-        ):  # while rounds pass quickly all differ; a liar is not in the middle
-            middle = statistics.median_low(max(s.work for s in offers) for offers in judges)
-            agreed = {standing for standing in holders if standing.work == middle}
-        agreed = agreed or set(holders)
-        best = min(agreed, key=lambda s: (-s.work, -holders[s], s.digest))
-        if begun is None or begun not in holders:
-            return best
-        return begun if best.round - self._passed.reached(begun.round) <= RESUMABLE_ROUNDS else best
+        return judges if len(judges) >= 2 else [offers for offers in answers if offers]
 
     async def _offers(self, donor: str, wanted: bytes) -> list[Standing]:
         """The states that a donor holds; it begins to hold `wanted` if it stands there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ class StateTransfer:
             active=lambda: [record.peer_id for record in self._heartbeats.donors() if record.is_active],
             passed=passed,
             least_work=max(least_work, float(self._heartbeats.status.get("work", 0.0))),
+            own=self._standing()[1],
+            where=self._where_most_stand,
             on_progress=self._tell_progress,
             on_left=lambda donor, reason: self._tell_worker(
                 {"event": "left", "donor": donor, "reason": reason}
@@ -86,6 +89,14 @@ class StateTransfer:
             "digest": standing.digest,
             "path": str(partial.path),
         }
+
+    def _where_most_stand(self) -> bytes:
+        """Of those whose history is the run's rather than ours."""
+        digests = Counter(str(record.status["digest"]) for record in self._heartbeats.ahead())
+        try:
+            return bytes.fromhex(max(digests, key=lambda digest: digests[digest], default=""))
+        except ValueError:  # anybody may say anything
+            return b""
 
     def _tell_progress(self, have: int, total: int) -> None:
         if have == total or time.monotonic() - self._told > TELL_PERIOD_S:

@@ -257,6 +257,8 @@ async def _download(answers: list[list[bytes]]) -> str:
         active=lambda: [],
         passed=SimpleNamespace(),  # type: ignore[arg-type]
         least_work=1.0,
+        own=b"",
+        where=bytes,
         on_progress=lambda have, total: None,
         on_left=lambda donor, reason: None,
     )

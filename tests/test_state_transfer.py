@@ -254,6 +254,28 @@ def test_what_several_donors_have_counts_more_than_what_one_says(tmp_path: Path)
     assert Newcomer(tmp_path / "pair", dict(pair)).run() == AT_NINE
 
 
+def test_a_state_that_we_have_is_none_to_get(tmp_path: Path) -> None:
+    """Half of a split network stands with us, and each of the others holds another state, of when somebody asked: they
+    are asked for the one where they stand now. What few claim is not taken for lack of another."""
+
+    async def scenario() -> None:
+        ours = {f"ours {i}": Donor(tmp_path) for i in range(3)}
+        theirs = {f"theirs {i}": Donor(tmp_path, STATE[i:] + STATE[:i], 9 + i, 2e6 + i) for i in range(1, 5)}
+        for donor in theirs.values():
+            await donor.ask(want="offer", digest=b"")
+            donor.move_to(OTHER, 16, 3e6)
+        there = standing_of(OTHER, 16, 3e6)
+        newcomer = Newcomer(tmp_path / "in", {**ours, **theirs}, least_work=1e6, own=AT_NINE.digest)
+        newcomer.where = there.digest
+        assert await newcomer.fetch() == there
+        assert newcomer.received == OTHER
+        few = dict(list(theirs.items())[:2])
+        boasted = Newcomer(tmp_path / "few", {**ours, "too": Donor(tmp_path), **few}, own=AT_NINE.digest)
+        assert await boasted.fetch() is None
+
+    asyncio.run(scenario())
+
+
 def test_donors_that_train_nothing_decide_nothing(tmp_path: Path) -> None:
     """Four that are paused at an old state are more than the two that go on, but they do not know better."""
     paused = {f"paused {i}": Donor(tmp_path, OTHER, 4, 5e5) for i in range(4)}

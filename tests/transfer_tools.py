@@ -115,6 +115,8 @@ class Newcomer:
     progress: list[int] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     least_work: float = 0.0
+    own: bytes = b""
+    where: bytes = b""
 
     def __post_init__(self) -> None:
         self.partial = PartialState(self.folder, PIECES)
@@ -140,6 +142,8 @@ class Newcomer:
                 active=lambda: [donor for donor in self.donors if not donor.startswith("paused")],
                 passed=PassedRounds(self.folder / "passed", self.newest, self.past_round),
                 least_work=self.least_work,
+                own=self.own,
+                where=lambda: self.where,
                 on_progress=self._heard,
                 on_left=self.left.__setitem__,
             ).run()
