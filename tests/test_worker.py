@@ -141,6 +141,37 @@ def test_every_round_holds_one_theta_and_everybody(changes: dict[str, Any], tmp_
             assert rounds[-1]["tokens"] == 12 * 3 * 2 * 32
 
 
+def test_nobody_waits_for_who_downloads(tmp_path: Path) -> None:
+    """A worker that stands on another theta says that it is joining while it gets the others', who go on."""
+    manifest = quick_manifest(exchange__start_workers=3)
+    with swarm_of(manifest, tmp_path) as threads:
+        for name in ("a", "b"):
+            threads.start(name, max_rounds=12, max_tokens_per_s=2000)
+        other = threads.prepare("c", max_rounds=12, max_tokens_per_s=2000)
+        run_round, fetch_state, states = other.exchange.run_round, other.exchange.fetch_state, []
+
+        def diverge(**contribution: Any) -> Any:
+            outcome: Any = run_round(**contribution)
+            return (
+                outcome if contribution["round"] != 2 else replace(outcome, aggregates=outcome.aggregates[:1])
+            )
+
+        def fetch(watch: Any) -> Any:
+            states.append(threads.swarm.peer("c").state)
+            until = time.monotonic() + 60
+            while threads.workers["a"].outer.round < 6 and time.monotonic() < until:
+                time.sleep(0.01)
+            states.append(threads.workers["a"].outer.round)
+            return fetch_state(watch)
+
+        other.exchange.run_round = diverge  # type: ignore[method-assign]
+        other.exchange.fetch_state = fetch  # type: ignore[method-assign]
+        threads.begin("c")
+        threads.join()
+        assert states[0] == "joining" and states[1] >= 6
+        assert len({worker.outer.digest for worker in threads.workers.values()}) == 1
+
+
 def test_who_missed_a_round_is_in_again_soon(tmp_path: Path) -> None:
     """A worker that was away while the others completed rounds misses the one under way, and that one alone: with
     overlap it does not go on one round behind for ever."""

@@ -41,8 +41,15 @@ class DownloadReport:
     What an interrupted download had already got does not count for the rate.
     """
 
-    def __init__(self, metrics: Metrics, say: Callable[[str], None], clock: Clock = SYSTEM_CLOCK):
-        self._metrics, self._say, self._clock = metrics, say, clock
+    def __init__(
+        self,
+        metrics: Metrics,
+        say: Callable[[str], None],
+        clock: Clock = SYSTEM_CLOCK,
+        begun: Callable[[], None] = lambda: None,
+    ):
+        """`begun()` is called before each attempt."""
+        self._metrics, self._say, self._clock, self._begun = metrics, say, clock, begun
         self._marks: deque[tuple[float, int]] = deque()  # (time.monotonic(), bytes here) of the last seconds
         self._written = -math.inf  # time.monotonic()
         self.bar: Bar | None = None
@@ -53,6 +60,7 @@ class DownloadReport:
         """A download, or another attempt at one, begins."""
         self._marks.clear()
         self.trouble_text = ""
+        self._begun()
 
     def progress(self, have: int, total: int) -> None:
         """See `Watch`."""

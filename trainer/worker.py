@@ -100,7 +100,8 @@ class Worker:
         self.recheck = Recheck(
             manifest, self.model, self.local, self.outer, self.corpus, self.feed, exchange, self.report, clock
         )
-        self.download = DownloadReport(metrics, say, clock)
+        # Nobody waits for who is joining: a download may take longer than many rounds.
+        self.download = DownloadReport(metrics, say, clock, lambda: self.report.state("joining"))
         self._overlaps = manifest.exchange.overlap == "eager"
         self.sampler = Sampler()
         self._courier = clock.courier()
