@@ -157,6 +157,8 @@ def test_nobody_waits_for_who_downloads(tmp_path: Path) -> None:
             )
 
         def fetch(watch: Any) -> Any:
+            states.append(threads.swarm.peer("c").state)  # nothing is found to get yet
+            watch.progress(1, 100)
             states.append(threads.swarm.peer("c").state)
             until = time.monotonic() + 60
             while threads.workers["a"].outer.round < 6 and time.monotonic() < until:
@@ -168,7 +170,7 @@ def test_nobody_waits_for_who_downloads(tmp_path: Path) -> None:
         other.exchange.fetch_state = fetch  # type: ignore[method-assign]
         threads.begin("c")
         threads.join()
-        assert states[0] == "joining" and states[1] >= 6
+        assert states[0] != "joining" and states[1] == "joining" and states[2] >= 6
         assert len({worker.outer.digest for worker in threads.workers.values()}) == 1
 
 

@@ -48,7 +48,8 @@ class DownloadReport:
         clock: Clock = SYSTEM_CLOCK,
         begun: Callable[[], None] = lambda: None,
     ):
-        """`begun()` is called before each attempt."""
+        """`begun()` is called when a state to get has been found, not while nobody gives one: who says that it
+        is joining is no judge of what others claim, and a claim alone must not make all of us say so."""
         self._metrics, self._say, self._clock, self._begun = metrics, say, clock, begun
         self._marks: deque[tuple[float, int]] = deque()  # (time.monotonic(), bytes here) of the last seconds
         self._written = -math.inf  # time.monotonic()
@@ -60,12 +61,12 @@ class DownloadReport:
         """A download, or another attempt at one, begins."""
         self._marks.clear()
         self.trouble_text = ""
-        self._begun()
 
     def progress(self, have: int, total: int) -> None:
         """See `Watch`."""
         now = self._clock.monotonic()
         if not self._marks:
+            self._begun()
             self._written = -math.inf
             if 0 < have < total:
                 self._say(f"Going on with the download where it stopped: {have / MEGA:.1f} MB are here.")
