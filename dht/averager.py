@@ -103,7 +103,7 @@ class SwarmAverager(DecentralizedAverager):  # type: ignore[misc]  # hivemind sh
             self.schema_hash,
             self.dht,
             base_prefix=self.terms.prefix,
-            refuses=self._door.refuses,
+            heartbeats=self._door,
             client_mode=self.client_mode,
             **self.matchmaking_kwargs,
         )

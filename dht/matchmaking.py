@@ -1,15 +1,16 @@
 """hivemind's matchmaking, made to meet once per round.
 
-Four things differ from stock: who would lead is known from what peers tell each other, not from the DHT; the group key
+Five things differ from stock: who would lead is known from what peers tell each other, not from the DHT; the group key
 names the round, so that peers at different rounds never meet; the group is complete when every peer that the heartbeats
-expect has joined, and may start early or with a majority only; and the leader lingers after its last word, because a
-leader that hangs up first can lose that word on the way (`dht/streams.py` tells why), which followers see as "could not
-find a group".
+expect has joined, and may start early or with a majority only; a leader whose power was cut, which no connection tells,
+is left when its heartbeat says so; and the leader lingers after its last word, because a leader that hangs up first can
+lose that word on the way (`dht/streams.py` tells why), which followers see as "could not find a group".
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from dtrain.dht.streams import ACKNOWLEDGE_S, in_background
 
 POLL_S = 0.1
 LOOK_PERIOD_S = 0.5
+AGAIN_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,11 @@ class Ticket:
 class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind ships no types
     """Finds the one group of a round."""
 
-    def __init__(self, *args: Any, base_prefix: str, refuses: Callable[[str], str], **kwargs: Any):
-        """`refuses(peer id)` says why a peer may not take part, or ""."""
+    def __init__(self, *args: Any, base_prefix: str, heartbeats: Heartbeats, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._base_prefix, self._refuses = base_prefix, refuses
+        self._base_prefix, self._heartbeats = base_prefix, heartbeats
         self._ticket_lasts_s = 0.0
+        self._asked: PeerID | None = None  # the leader that we wait for
 
     async def find_round_group(
         self, round: int, ticket: Ticket, expected: Callable[[], int]
@@ -98,6 +100,39 @@ class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind ships no 
             and len(self.current_followers) + 1 >= self.target_group_size
         )
 
+    async def _request_join_group(self, leader: PeerID) -> GroupInfo | None:
+        """Ask one leader, and wait until it starts its group, ends it, or is gone.
+
+        A machine whose power was cut hangs up on nobody. Who went on waiting for it would keep all the others waiting.
+        Whoever turns us down is asked again in a moment: until it notices as well it follows the one that is gone.
+        """
+        self._asked = leader
+        request = asyncio.create_task(super()._request_join_group(leader))
+        watch = asyncio.create_task(self._until_gone(leader))
+        try:
+            await asyncio.wait({request, watch}, return_when=asyncio.FIRST_COMPLETED)
+            group: GroupInfo | None = request.result() if request.done() else None
+            if not request.done():
+                logging.info("%s, which would lead the group, is gone", leader)
+            if group is None:
+                asyncio.get_running_loop().call_later(AGAIN_S, self.potential_leaders.past_attempts.clear)
+            return group
+        finally:
+            request.cancel()
+            watch.cancel()
+            await asyncio.wait({request, watch})
+
+    async def _until_gone(self, leader: PeerID) -> None:
+        """Returns when that leader was there and is no more; not if it has sent us on to another, which is watched by
+        itself."""
+        name, was_here = str(leader), False
+        while True:
+            is_here = any(record.peer_id == name for record in self._heartbeats.active())
+            if was_here and not is_here and self._asked == leader:
+                return
+            was_here = was_here or is_here
+            await asyncio.sleep(POLL_S)
+
     def get_request_expiration_time(self) -> float:
         """DHT time until which we would wait for a leader to start its group.
 
@@ -111,7 +146,7 @@ class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind ships no 
     def _check_reasons_to_reject(
         self, request: averaging_pb2.JoinRequest, context: P2PContext
     ) -> averaging_pb2.MessageFromLeader | None:
-        if self._refuses(str(context.remote_id)):
+        if self._heartbeats.refuses(str(context.remote_id)):
             return averaging_pb2.MessageFromLeader(code=averaging_pb2.PROTOCOL_VIOLATION)
         return super()._check_reasons_to_reject(request, context)
 

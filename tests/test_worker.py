@@ -206,6 +206,33 @@ def test_who_missed_a_round_is_in_again_soon(tmp_path: Path) -> None:
         assert len([number for number in mine if number > back]) >= 12 - back - 2
 
 
+def test_nobody_waits_for_who_comes_back_in_the_middle_of_a_round(tmp_path: Path) -> None:
+    """A worker that is started again from its checkpoint, behind which nobody is, ends its first round with the others:
+    with all of its inner steps it would keep them waiting, or come too late and be a round behind for the next too."""
+    manifest = quick_manifest(exchange__start_workers=3, train__inner_steps=16)
+    pace: dict[str, Any] = {"max_rounds": 5, "max_tokens_per_s": 400}
+    with swarm_of(manifest, tmp_path) as threads:
+        for name in ("a", "b"):
+            threads.start(name, **pace)
+        threads.start("c", **{**pace, "max_rounds": 2})
+        threads.threads[-1].join(60)
+        again = threads.prepare("c", **pace)
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            step = threads.events("a", "step")[-1]
+            if step["round"] == 2 and step["step"] >= 8:
+                break
+            time.sleep(0.01)
+        threads.begin("c")
+        threads.join()
+        assert again.outer.round == 5 and not threads.events("c", "resync")
+        assert [e["source"] for e in threads.events("c", "joined")] == ["fresh", "checkpoint"]
+        rounds = {e["round"]: e for e in threads.events("c", "round")}
+        assert rounds[3]["own_included"] and rounds[3]["round_tokens"] < 16 * 64
+        assert rounds[4]["round_tokens"] == rounds[5]["round_tokens"] == 16 * 64
+        assert_one_theta(threads, 5)
+
+
 def test_overlap_is_deterministic(tmp_path: Path) -> None:
     """With overlap the average is swapped in at a fixed point, so two equal runs end with the same theta."""
     manifest = quick_manifest(exchange__overlap="eager", exchange__start_workers=2)

@@ -148,7 +148,7 @@ class Worker:
         self.exchange.serve_state(self.outer.give)
         if self._catch_up():
             source = "peers"
-            self.pacer.came_late = True
+        self.pacer.came_late = source != "fresh"
         self.keeper.forget_delivered()
         self.local.flat.copy_(self.outer.state.theta_flat)
         self.report.joined(source, began)
