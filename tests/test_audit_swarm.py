@@ -47,7 +47,11 @@ def test_a_wrong_sum_is_found_and_its_reducer_put_out(run: Swarm) -> None:
         worker.wait_for_round(seen + 3)
         later = [event["contributors"] for event in worker.events("round") if event["round"] > seen + 1]
         assert all(len(inside) == 3 and cheat_id not in inside for inside in later)
-        assert worker.log.read_text().count("is no reducer to be trusted") == 1
+        # Once for each of its sums; of a second one if the first was still being looked at on a busy machine.
+        cheated = [
+            e for e in worker.events("round") if e["round"] > FAULT_ROUND and cheat_id in e["contributors"]
+        ]
+        assert 1 <= worker.log.read_text().count("is no reducer to be trusted") <= len(cheated)
     digests = [worker.digests() for worker in honest]
     assert len({d[seen + 3] for d in digests}) == 1
 
