@@ -28,7 +28,7 @@ from dtrain.dht.streams import ACKNOWLEDGE_S, in_background
 
 POLL_S = 0.1
 LOOK_PERIOD_S = 0.5
-AGAIN_S = 1.0
+AGAIN_S = 1.0  # who turned us down is asked again after this long
 
 
 @dataclass(frozen=True)
