@@ -163,9 +163,9 @@ def _plan(scenario: Scenario, evidence: Evidence, round_s: float | None) -> Figu
         max(one.rtt_ms for one in links),
         max(one.loss for one in links),
     )
-    cost = round_cost(
-        scenario.manifest, params, scenario.lab.workers, link, train.batch_size * train.seq_len / rate
-    )
+    workers, step_s = scenario.lab.workers, train.batch_size * train.seq_len / rate
+    hidden = min(sum(place.nat for place in scenario.places), workers - 1)
+    cost = round_cost(scenario.manifest, params, workers, link, step_s, num_hidden=hidden)
     exchange_s = _exchange_s(evidence.rounds)
     return {
         "plan_round_s": round(cost.round_s, 3),

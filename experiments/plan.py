@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params", type=float, required=True, metavar="N", help="parameters, such as 1e9")
     parser.add_argument("--workers", type=int, required=True, metavar="N", help="workers in a round")
     parser.add_argument(
+        "--hidden",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of them behind routers that let nobody in, as dtrain doctor tells",
+    )
+    parser.add_argument(
         "--profile", default="cable", help="connection whose figures stand where none is given"
     )
     parser.add_argument("--up", type=float, metavar="MBPS", help="megabits per second from a worker")
@@ -62,10 +69,14 @@ def run(args: argparse.Namespace) -> int:
     tokens = args.step_tokens or plans[0][1].train.batch_size * plans[0][1].train.seq_len
     step_s = args.step_time or FLOPS_PER_PARAM_AND_TOKEN * args.params * tokens / (args.tflops * 1e12)
     costs = [
-        (label, manifest, round_cost(manifest, args.params, args.workers, link, step_s))
+        (
+            label,
+            manifest,
+            round_cost(manifest, args.params, args.workers, link, step_s, num_hidden=args.hidden),
+        )
         for label, manifest in plans
     ]
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = Console(width=None if sys.stdout.isatty() else 120)
     _print(console, args, costs, tokens)
     for line in _assumptions(args, link, preset, step_s, tokens):
         console.print(line, highlight=False)
@@ -77,6 +88,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--params must be from 1e3 to 1e13, such as 1e9, not {args.params:g}")
     if not 2 <= args.workers <= 1024:
         raise UsageError(f"--workers must be from 2 to 1024, not {args.workers}")
+    if not 0 <= args.hidden < args.workers:
+        raise UsageError(
+            f"--hidden must be from 0 to {args.workers - 1}, fewer than --workers, not {args.hidden}"
+        )
     for flag in ("step_time", "tflops", "step_tokens", "inner_steps"):
         value = getattr(args, flag)
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -175,6 +190,16 @@ def _assumptions(
         f"- {network.MESSAGE_BYTES / 1e3:g} kB besides with each section and aggregate, then "
         f"{100 * (network.WIRE_OVERHEAD - 1):.0f} % more on the wire (not in MB up and down)",
         f"- {network.CODEC_NS_PER_PARAM:g} ns per parameter for codec, outer step and digest",
+        *_of_hidden(args),
         "- tokens/day: of all workers together",
         "- memory: fp32 weights, gradients, optimizer, theta, error feedback, shared state; activations not counted",
+    ]
+
+
+def _of_hidden(args: argparse.Namespace) -> list[str]:
+    if not args.hidden:
+        return []
+    return [
+        f"- {args.hidden} of {args.workers} workers cannot be dialled: they reduce nothing and send less; the bytes "
+        "are the others', and what two of them say to each other goes through a third"
     ]

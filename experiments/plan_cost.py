@@ -1,11 +1,13 @@
 """What one round costs by the network and cost model: bytes, seconds, memory. The simulator's clock goes by the same.
 
-Payloads are not estimated: the run's codec encodes a sample and its size is scaled. All workers are taken to be equal.
+Payloads are not estimated: the run's codec encodes a sample and its size is scaled. All workers are taken to be equal,
+but that some may be hidden behind routers that let nobody dial them: those reduce nothing, and where two of them meet a
+third passes on what they say.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ MOMENTS = {"adamw": 2 * FP32, "adamw8bit": 2, "muon": FP32}
 
 @dataclass(frozen=True)
 class RoundCost:
-    """One round of one worker."""
+    """One round of one worker, of one that reduces where not all do."""
 
     payload_bytes: float
     up_bytes: float
@@ -48,24 +50,33 @@ class RoundCost:
 
 
 def round_cost(
-    manifest: Manifest, num_params: float, num_workers: int, link: Link, step_time_s: float
+    manifest: Manifest,
+    num_params: float,
+    num_workers: int,
+    link: Link,
+    step_time_s: float,
+    *,
+    num_hidden: int = 0,
 ) -> RoundCost:
-    """What a round of `num_workers` equal workers with `num_params` parameters costs each of them."""
+    """What a round of `num_workers` equal workers with `num_params` parameters costs each of them.
+
+    `num_hidden` of them, fewer than all, nobody can dial.
+    """
+    reducers = num_workers - num_hidden
     payload = bytes_per_param(manifest) * num_params
-    section = payload / num_workers
+    section = payload / reducers
     exact = num_workers <= max(1, manifest.exchange.exact_up_to)
     aggregate = (
-        section * num_workers if exact else aggregate_bytes_per_param(manifest) * num_params / num_workers
+        section * num_workers if exact else aggregate_bytes_per_param(manifest) * num_params / reducers
     )
-    others = num_workers - 1
+    others, other_reducers = num_workers - 1, reducers - 1
     compute_s = manifest.train.inner_steps * step_time_s
-    exchange_s = _exchange_s(num_params, num_workers, link, section, aggregate)
+    exchange_s = _exchange_s(num_params, num_workers, num_hidden, link, section, aggregate)
     overlaps = manifest.exchange.overlap == "eager"
-    traffic = others * (section + aggregate)
     return RoundCost(
         payload_bytes=payload,
-        up_bytes=traffic,
-        down_bytes=traffic,
+        up_bytes=other_reducers * section + others * aggregate,
+        down_bytes=others * section + other_reducers * aggregate,
         compute_s=compute_s,
         exchange_s=exchange_s,
         round_s=max(compute_s, exchange_s) if overlaps else compute_s + exchange_s,
@@ -73,14 +84,17 @@ def round_cost(
     )
 
 
-def _exchange_s(num_params: float, num_workers: int, link: Link, section: float, aggregate: float) -> float:
+def _exchange_s(
+    num_params: float, num_workers: int, num_hidden: int, link: Link, section: float, aggregate: float
+) -> float:
     names = [str(index) for index in range(num_workers)]
     links = ModelledLinks(int(num_params))
     for name in names:
-        links.add(name, link)
-    to_others = 1.0 - np.eye(num_workers)
-    scattered = arrivals_s([link] * num_workers, section * to_others, np.zeros(num_workers))
-    gathered = arrivals_s([link] * num_workers, aggregate * to_others, scattered.max(axis=0))
+        links.add(name, link if not num_hidden else replace(link, rtt_ms=2 * link.rtt_ms))
+    to_reducers = 1.0 - np.eye(num_workers)
+    to_reducers[:, num_workers - num_hidden :] = 0.0  # the last ones are hidden
+    scattered = arrivals_s([link] * num_workers, section * to_reducers, np.zeros(num_workers))
+    gathered = arrivals_s([link] * num_workers, aggregate * to_reducers.T, scattered.max(axis=0))
     return links.codec_s(names[0]) + links.meet_s(names) + float(gathered.max())
 
 

@@ -57,6 +57,21 @@ def test_the_plan_is_what_the_simulator_sees(workers: int, more: str, tmp_path: 
     assert row["compute_share"] == pytest.approx(cost.compute_share, rel=0.05)
 
 
+def test_the_hidden_reduce_nothing() -> None:
+    """Those that can be dialled have spans that are longer by that much, and a group forms through a relay."""
+    manifest, link = preset_manifest("plan", "tiny"), Link(8, 8, 100)
+    all_reduce, few = (round_cost(manifest, 1e8, 8, link, 1.0, num_hidden=hidden) for hidden in (0, 6))
+    sections, aggregates = (
+        all_reduce.payload_bytes / 8,
+        all_reduce.up_bytes / 7 - all_reduce.payload_bytes / 8,
+    )
+    assert few.up_bytes == pytest.approx(4 * sections + 7 * 4 * aggregates)
+    assert few.down_bytes == pytest.approx(7 * 4 * sections + 4 * aggregates)
+    longer_s = WIRE_OVERHEAD * 7 * 3 * (sections + aggregates) / 1e6  # 8 Mbit/s, first down, then up
+    assert few.exchange_s - all_reduce.exchange_s == pytest.approx(0.1 + longer_s, rel=1e-3)
+    assert few.payload_bytes == all_reduce.payload_bytes
+
+
 def test_a_lost_last_packet_costs_two_round_trips() -> None:
     """As often as the unluckiest of those that go on together is lost, however often in a row; nothing without loss."""
     sent = np.array([[0.0, 1000.0], [1000.0, 0.0]])
@@ -90,6 +105,7 @@ def test_the_table_has_every_strategy(capsys: pytest.CaptureFixture[str]) -> Non
     ("flags", "words"),
     [
         (["--workers", "1"], "--workers must be from 2 to 1024, not 1"),
+        (["--hidden", "32"], "--hidden must be from 0 to 31, fewer than --workers, not 32"),
         (["--params", "nan"], "--params must be from 1e3 to 1e13"),
         (["--step-time", "0"], "--step-time must be above 0"),
         (["--up", "-3"], "up_mbps must be a number"),
