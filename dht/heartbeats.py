@@ -24,7 +24,7 @@ from dtrain.dht.greetings import NOBODY, Greeting, Greetings, News
 from dtrain.dht.introductions import Introductions
 from dtrain.dht.outcasts import Outcasts
 from dtrain.dht.peer_record import ABSENT, PeerRecord
-from dtrain.dht.reachability import CLIENT
+from dtrain.dht.reachability import CLIENT, RELAYED
 from dtrain.dht.records import MAX_LIFETIME_S, PASS_FIELD, pack_status, take_pass, unpack_status
 from dtrain.dht.streams import in_background
 
@@ -281,8 +281,8 @@ class Heartbeats:
         return {peer: address for peer, address in crowd.items() if isinstance(address, str) and address}
 
     async def changed(self, patience_s: float) -> None:
-        """Wait for news of anybody since the last call, at most so long. Who cannot be dialled has to ask for it."""
-        if self._node.protocol.client_mode:
+        """Wait for news since the last call, at most so long. Who cannot be dialled, by no relay either, has to ask."""
+        if self._node.protocol.client_mode and self.status.get("reach") != RELAYED:
             await self._greetings.greet([record.peer_id for record in self.others() if record.can_be_dialled])
         # Not wait_for: up to Python 3.11 it may swallow a cancellation that comes together with the news, and the
         # search for a group, of which this is a part, would then not end before its deadline.

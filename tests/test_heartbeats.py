@@ -335,6 +335,24 @@ def test_who_cannot_be_called_asks(network: Network) -> None:
     play(scenario)
 
 
+def test_who_is_reached_through_a_relay_is_told(network: Network) -> None:
+    """It need not ask each peer through the relay before it looks for a group's leader: news comes to it by itself."""
+
+    async def scenario() -> None:
+        a, relayed = network.peer(), network.peer(client_mode=True)
+        await a.announce(STATUS)
+        await relayed.announce({**STATUS, "reach": "relayed"})
+        await relayed.refresh()
+        await LeaderBoard(PeerID(a._own_id), a).store("run-3.0b", a._own_id, True, get_dht_time() + 9.0)
+        await asyncio.sleep(0)
+        network.sent.clear()
+        found = await LeaderBoard(PeerID(relayed._own_id), relayed).get("run-3.0b")
+        assert list(found.value) == [a._own_id]
+        assert {caller for caller, *_ in network.sent} == {name(a)}
+
+    play(scenario)
+
+
 def test_the_dead_do_not_come_back_from_the_dht(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that can be dialled and has not spoken for its heartbeat's lifetime is gone, though the DHT's record of
     it lasts longer; also for a newcomer. One that cannot be dialled is there as long as its record."""
