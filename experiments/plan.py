@@ -21,6 +21,9 @@ DAY_S = 86_400.0
 DENSE_KINDS = {"fp16": 16, "fp32": 32, "8-bit": 8}
 """Ways to send every value -> codec.dense_bits."""
 FLOPS_PER_PARAM_AND_TOKEN = 6.0
+BYTES = ((1.0, " B"), (1e3, " kB"), (1e6, " MB"), (1e9, " GB"), (1e12, " TB"))
+SECONDS = ((1.0, " s"), (3600.0, " h"), (86_400.0, " d"))
+TOKENS = ((1e3, "k"), (1e6, "M"), (1e9, "B"), (1e12, "T"))
 DESCRIPTION = """\
 Predicts bytes, time and memory of a round for every strategy, from the network
 and cost model that dtrain simulate goes by. Nothing is trained.
@@ -148,29 +151,40 @@ def _print(
     costs: Sequence[tuple[str, Manifest, RoundCost]],
     step_tokens: int,
 ) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(
         title=f"{args.params:,.0f} parameters, {args.workers} workers: each worker, each round",
         title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
     )
     table.add_column("strategy", no_wrap=True)
-    for name in ("H", "payload MB", "MB up", "MB down", "round s", "compute", "tokens/day", "memory GB"):
+    for name in ("H", "payload", "up", "down", "round", "compute", "tokens\na day", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
     for label, manifest, cost in costs:
         tokens_a_day = args.workers * manifest.train.inner_steps * step_tokens * DAY_S / cost.round_s
         table.add_row(
             label,
             str(manifest.train.inner_steps),
-            f"{cost.payload_bytes / 1e6:,.2f}",
-            f"{cost.up_bytes / 1e6:,.2f}",
-            f"{cost.down_bytes / 1e6:,.2f}",
-            f"{cost.round_s:,.2f}",
+            _scaled(cost.payload_bytes, BYTES),
+            _scaled(cost.up_bytes, BYTES),
+            _scaled(cost.down_bytes, BYTES),
+            _scaled(cost.round_s, SECONDS),
             f"{100 * cost.compute_share:.1f} %",
-            f"{tokens_a_day / 1e6:,.1f}M",
-            f"{cost.memory_bytes / 1e9:,.2f}",
+            _scaled(tokens_a_day, TOKENS),
+            _scaled(cost.memory_bytes, BYTES),
         )
     console.print(table)
+
+
+def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """Three digits in the largest of the units (ascending) that the value reaches; the table has to fit 80 columns."""
+    size, name = next((unit for unit in reversed(units) if value >= unit[0]), units[0])
+    value /= size
+    return f"{value:,.0f}{name}" if value >= 100 else f"{value:#.3g}{name}"
 
 
 def _assumptions(
@@ -188,10 +202,10 @@ def _assumptions(
         f"- a group forms in {network.MEET_S:g} s + {network.MEET_RTTS:g} round trip; a lost last packet costs "
         f"{network.PROBE_RTTS:g} more",
         f"- {network.MESSAGE_BYTES / 1e3:g} kB besides with each section and aggregate, then "
-        f"{100 * (network.WIRE_OVERHEAD - 1):.0f} % more on the wire (not in MB up and down)",
+        f"{100 * (network.WIRE_OVERHEAD - 1):.0f} % more on the wire (not in up and down)",
         f"- {network.CODEC_NS_PER_PARAM:g} ns per parameter for codec, outer step and digest",
         *_of_hidden(args),
-        "- tokens/day: of all workers together",
+        "- tokens a day: of all workers together",
         "- memory: fp32 weights, gradients, optimizer, theta, error feedback, shared state; activations not counted",
     ]
 

@@ -97,8 +97,17 @@ def test_the_table_has_every_strategy(capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main([*COMMAND, "--step-time", "1.2"]) == 0
     text = capsys.readouterr().out
     for name in STRATEGIES:
-        assert re.search(rf"│ {name}\b", text), name
+        assert re.search(rf"^ ?{name}\b", text, re.MULTILINE), name
     assert "20 Mbit/s up, 100 down, 80 ms" in text and "1.2 s (given)" in text
+
+
+@pytest.mark.parametrize("size", [("1e3", "2"), ("1e6", "4"), ("1e9", "32"), ("1e13", "1024")])
+def test_the_table_fits_a_plain_terminal(size: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """80 columns, from the smallest model and swarm to the largest, and nothing is cut off."""
+    params, workers = size
+    assert cli.main(["plan", "--params", params, "--workers", workers]) == 0
+    table = capsys.readouterr().out.partition("Assumptions:")[0]
+    assert max(len(line.rstrip()) for line in table.splitlines()) <= 80 and "…" not in table
 
 
 @pytest.mark.parametrize(
