@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dtrain.experiments.scaled import BYTES, SECONDS, TOKENS, scaled
 from dtrain.trainer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ DAY_S = 86_400.0
 DENSE_KINDS = {"fp16": 16, "fp32": 32, "8-bit": 8}
 """Ways to send every value -> codec.dense_bits."""
 FLOPS_PER_PARAM_AND_TOKEN = 6.0
-BYTES = ((1.0, " B"), (1e3, " kB"), (1e6, " MB"), (1e9, " GB"), (1e12, " TB"))
-SECONDS = ((1.0, " s"), (3600.0, " h"), (86_400.0, " d"))
-TOKENS = ((1e3, "k"), (1e6, "M"), (1e9, "B"), (1e12, "T"))
 DESCRIPTION = """\
 Predicts bytes, time and memory of a round for every strategy, from the network
 and cost model that dtrain simulate goes by. Nothing is trained.
@@ -169,22 +167,15 @@ def _print(
         table.add_row(
             label,
             str(manifest.train.inner_steps),
-            _scaled(cost.payload_bytes, BYTES),
-            _scaled(cost.up_bytes, BYTES),
-            _scaled(cost.down_bytes, BYTES),
-            _scaled(cost.round_s, SECONDS),
+            scaled(cost.payload_bytes, BYTES),
+            scaled(cost.up_bytes, BYTES),
+            scaled(cost.down_bytes, BYTES),
+            scaled(cost.round_s, SECONDS),
             f"{100 * cost.compute_share:.1f} %",
-            _scaled(tokens_a_day, TOKENS),
-            _scaled(cost.memory_bytes, BYTES),
+            scaled(tokens_a_day, TOKENS),
+            scaled(cost.memory_bytes, BYTES),
         )
     console.print(table)
-
-
-def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
-    """Three digits in the largest of the units (ascending) that the value reaches; the table has to fit 80 columns."""
-    size, name = next((unit for unit in reversed(units) if value >= unit[0]), units[0])
-    value /= size
-    return f"{value:,.0f}{name}" if value >= 100 else f"{value:#.3g}{name}"
 
 
 def _assumptions(

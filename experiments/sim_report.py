@@ -15,11 +15,11 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from dtrain.experiments.results import FORMAT, ResultFolder, Row
+from dtrain.experiments.scaled import BYTES, SECONDS, TIMES, TOKENS, scaled
 from dtrain.experiments.sim_file import RunSpec, Sweep
 
 VARYING = ("strategy", "workers", "seed", "profile", "overlap", "inner_steps", "num_params")
 LINE_PERIOD_S = 10.0
-LABEL_WIDTH = 24  # of a run, that narrow terminals leave room for
 
 
 class Progress:
@@ -128,14 +128,14 @@ def print_table(sweep: Sweep, folder: ResultFolder, failed: Mapping[str, str], c
         title=f"{sweep.name}: {sweep.description}".rstrip(": "),
         title_justify="left",
         box=SIMPLE_HEAD,
+        padding=0,
         pad_edge=False,
     )
-    longest = max((len(row["label"]) for row in rows), default=0)
-    table.add_column("run", overflow="fold", min_width=min(longest, LABEL_WIDTH))
+    table.add_column("run", overflow="fold")  # the only one that narrow terminals make narrower
     target = sweep.runs[0].simulate.target_loss
-    names = ["seeds", "tokens", "eval loss", "MB up", "vs fp32 ring", "virtual time", "compute"]
-    for name in [*names, f"to loss {target:g}"] if target else names:
-        table.add_column(name, justify="right", overflow="fold")
+    names = ["seeds", "tokens", "eval loss", "sent", "vs fp32\nring", "virtual\ntime", "compute"]
+    for name in [*names, f"to loss\n{target:g}"] if target else names:
+        table.add_column(name, justify="right", no_wrap=True)
     labels = list(dict.fromkeys(row["label"] for row in rows))
     for label in labels:
         table.add_row(label, *_cells([row for row in rows if row["label"] == label]))
@@ -157,17 +157,19 @@ def _cells(rows: Sequence[Row]) -> list[str]:
     losses = [row["eval_loss"] for row in rows]
     loss = f"{statistics.fmean(losses):.4f}"
     if len(rows) > 1:
-        loss += f" ± {(max(losses) - min(losses)) / 2:.4f}"
+        loss += f" ±{(max(losses) - min(losses)) / 2:.4f}"
     reached = [row["to_target"] for row in rows if row.get("to_target")]
-    target = [f"{statistics.fmean(entry['time_s'] for entry in reached):,.1f} s"] if reached else ["never"]
-    ratio = "" if rows[0]["ratio_vs_fp32_allreduce"] is None else f"{mean('ratio_vs_fp32_allreduce'):,.1f}x"
+    target = [scaled(statistics.fmean(e["time_s"] for e in reached), SECONDS)] if reached else ["never"]
+    ratio = ""
+    if rows[0]["ratio_vs_fp32_allreduce"] is not None:
+        ratio = scaled(mean("ratio_vs_fp32_allreduce"), TIMES)
     return [
         str(len(rows)),
-        f"{mean('tokens'):,.0f}",
+        scaled(mean("tokens"), TOKENS),
         loss,
-        f"{mean('bytes_up_per_worker') / 1e6:,.3f}",
+        scaled(mean("bytes_up_per_worker"), BYTES),
         ratio,
-        f"{mean('virtual_time_s'):,.1f} s",
+        scaled(mean("virtual_time_s"), SECONDS),
         f"{100 * mean('compute_share'):.1f} %",
         *(target if "to_target" in rows[0] else []),
     ]

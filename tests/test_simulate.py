@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 import threading
@@ -9,15 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from sim_tools import corpus_of, only_run, simulated, write_file
 
 from dtrain.compression.codec import Codec
 from dtrain.experiments import sim_frontier, sim_jobs
 from dtrain.experiments.attacks import ATTACKS
 from dtrain.experiments.memory import MemoryExchange, MemorySwarm
-from dtrain.experiments.results import ResultFolder
+from dtrain.experiments.results import FORMAT, ResultFolder
 from dtrain.experiments.sim_file import RunSpec, load_sweep
-from dtrain.experiments.sim_report import to_target
+from dtrain.experiments.sim_report import print_table, to_target
 from dtrain.experiments.sim_swarm import worker_name
 from dtrain.trainer import cli
 from dtrain.trainer.errors import UsageError
@@ -112,6 +114,23 @@ def test_time_to_a_loss_is_read_between_evaluations() -> None:
     assert to_target(2.5, lines)["to_target"]["time_s"] == 25.0
     assert to_target(5.5, lines)["to_target"]["time_s"] == 0.0
     assert to_target(1.0, lines) == {"to_target": None} and to_target(0.0, lines) == {}
+
+
+def test_the_table_fits_a_plain_terminal(tmp_path: Path) -> None:
+    """80 columns hold the widest figures that there are, the time to a loss among them; only labels are folded."""
+    folder = ResultFolder(tmp_path / "out")
+    folder.create()
+    row = {"bytes_up_per_worker": 1.3e9, "virtual_time_s": 36_123.4, "compute_share": 1.0, "tokens": 2.4e7}
+    row |= {"label": "diloco fp32, outer 0.7 mixed", "ratio_vs_fp32_allreduce": 12_345.67, "lost_sections": 0}
+    row |= {"digests_equal": True, "to_target": {"time_s": 3456.7}}
+    folder.write_summary({"format": FORMAT, "rows": [row | {"eval_loss": loss} for loss in (1.2345, 1.3)]})
+    screen = io.StringIO()
+    sweep = load_sweep(Path(__file__).parents[1] / "experiments" / "configs" / "links.toml")
+    print_table(sweep, folder, {}, Console(file=screen, width=80))
+    text = screen.getvalue()
+    for words in ("1.2672 ±0.0328", "1.30 GB", "12,346x", "10.0 h", "3,457 s", "100.0 %", "24.0M"):
+        assert words in text, words
+    assert "…" not in text
 
 
 def test_the_frontier_is_the_gap_to_the_data_parallel_runs(tmp_path: Path) -> None:
