@@ -82,7 +82,7 @@ def _steps(spec: RunSpec, rounds: int) -> int:
 def summarize(sweep: Sweep, folder: ResultFolder, failed: Mapping[str, str]) -> Row:
     """What summary.json says; see `results`."""
     rows = [
-        row | to_target(spec.simulate.target_loss, folder.rounds(spec.id))
+        row | train_loss(rounds := folder.rounds(spec.id)) | to_target(spec.simulate.target_loss, rounds)
         for spec in sweep.runs
         if (row := folder.row(spec.id)) is not None
     ]
@@ -98,6 +98,13 @@ def summarize(sweep: Sweep, folder: ResultFolder, failed: Mapping[str, str]) -> 
         "varied": [*fields, *settings],
         "rows": rows,
     }
+
+
+def train_loss(rounds: Sequence[Row]) -> Row:
+    """{"train_loss": mean training loss of the last tenth of these rounds}; see `results`. {} if there is none."""
+    losses = [line["loss"] for line in rounds if "loss" in line]
+    last = losses[-max(1, len(losses) // 10) :]
+    return {"train_loss": round(statistics.fmean(last), 6)} if last else {}
 
 
 def to_target(loss: float, rounds: Sequence[Row]) -> Row:
@@ -133,7 +140,16 @@ def print_table(sweep: Sweep, folder: ResultFolder, failed: Mapping[str, str], c
     )
     table.add_column("run", overflow="fold")  # the only one that narrow terminals make narrower
     target = sweep.runs[0].simulate.target_loss
-    names = ["seeds", "tokens", "eval loss", "sent", "vs fp32\nring", "virtual\ntime", "compute"]
+    names = [
+        "seeds",
+        "tokens",
+        "eval loss",
+        "train\nloss",
+        "sent",
+        "vs fp32\nring",
+        "virtual\ntime",
+        "compute",
+    ]
     for name in [*names, f"to loss\n{target:g}"] if target else names:
         table.add_column(name, justify="right", no_wrap=True)
     labels = list(dict.fromkeys(row["label"] for row in rows))
@@ -155,9 +171,9 @@ def _cells(rows: Sequence[Row]) -> list[str]:
         return statistics.fmean(row[name] for row in rows)
 
     losses = [row["eval_loss"] for row in rows]
-    loss = f"{statistics.fmean(losses):.4f}"
+    loss = f"{statistics.fmean(losses):.3f}"
     if len(rows) > 1:
-        loss += f" ±{(max(losses) - min(losses)) / 2:.4f}"
+        loss += f" ±{(max(losses) - min(losses)) / 2:.3f}"
     reached = [row["to_target"] for row in rows if row.get("to_target")]
     target = [scaled(statistics.fmean(e["time_s"] for e in reached), SECONDS)] if reached else ["never"]
     ratio = ""
@@ -167,6 +183,7 @@ def _cells(rows: Sequence[Row]) -> list[str]:
         str(len(rows)),
         scaled(mean("tokens"), TOKENS),
         loss,
+        f"{mean('train_loss'):.3f}" if "train_loss" in rows[0] else "",
         scaled(mean("bytes_up_per_worker"), BYTES),
         ratio,
         scaled(mean("virtual_time_s"), SECONDS),

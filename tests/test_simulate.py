@@ -19,7 +19,7 @@ from dtrain.experiments.attacks import ATTACKS
 from dtrain.experiments.memory import MemoryExchange, MemorySwarm
 from dtrain.experiments.results import FORMAT, ResultFolder
 from dtrain.experiments.sim_file import RunSpec, load_sweep
-from dtrain.experiments.sim_report import print_table, to_target
+from dtrain.experiments.sim_report import print_table, to_target, train_loss
 from dtrain.experiments.sim_swarm import worker_name
 from dtrain.trainer import cli
 from dtrain.trainer.errors import UsageError
@@ -122,15 +122,24 @@ def test_the_table_fits_a_plain_terminal(tmp_path: Path) -> None:
     folder.create()
     row = {"bytes_up_per_worker": 1.3e9, "virtual_time_s": 36_123.4, "compute_share": 1.0, "tokens": 2.4e7}
     row |= {"label": "diloco fp32, outer 0.7 mixed", "ratio_vs_fp32_allreduce": 12_345.67, "lost_sections": 0}
-    row |= {"digests_equal": True, "to_target": {"time_s": 3456.7}}
+    row |= {"digests_equal": True, "to_target": {"time_s": 3456.7}, "train_loss": 1.1984}
     folder.write_summary({"format": FORMAT, "rows": [row | {"eval_loss": loss} for loss in (1.2345, 1.3)]})
     screen = io.StringIO()
     sweep = load_sweep(Path(__file__).parents[1] / "experiments" / "configs" / "links.toml")
     print_table(sweep, folder, {}, Console(file=screen, width=80))
     text = screen.getvalue()
-    for words in ("1.2672 ±0.0328", "1.30 GB", "12,346x", "10.0 h", "3,457 s", "100.0 %", "24.0M"):
+    for words in ("1.267 ±0.033", "1.198", "1.30 GB", "12,346x", "10.0 h", "3,457 s", "100.0 %", "24.0M"):
         assert words in text, words
     assert "…" not in text
+
+
+def test_the_training_loss_is_of_the_last_tenth() -> None:
+    """Of 25 rounds the last two; of few rounds the last; nothing of a run that has only begun."""
+    beginning = {"round": 0, "eval_loss": 5.0}
+    lines = [beginning, *({"round": n, "loss": 4.0 - n / 10} for n in range(1, 26))]
+    assert train_loss(lines) == {"train_loss": pytest.approx(1.55)}
+    assert train_loss(lines[:4]) == {"train_loss": pytest.approx(3.7)}
+    assert train_loss([beginning]) == {}
 
 
 def test_the_frontier_is_the_gap_to_the_data_parallel_runs(tmp_path: Path) -> None:
