@@ -144,7 +144,7 @@ dashboard-load: setup
 # The figures of experiments/RESULTS.md: hours. It can be stopped, and the same command goes on.
 evidence: setup
 	for name in attacks_shipped strategies diloco tuning long_tuning long long_muon_tuning long_muon long_one_machine workers ablations unequal links \
-	  frontier frontier_long frontier_rare frontier_tuning frontier_seeds tiny tiny_tuning tiny_one_machine; do \
+	  frontier frontier_long frontier_rare frontier_tuning frontier_seeds tiny tiny_tuning tiny_one_machine outer_rate; do \
 	  $(BIN)/dtrain simulate experiments/configs/$$name.toml --out dtrain-simulations/$$name || exit 1; \
 	done
 

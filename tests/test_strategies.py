@@ -64,6 +64,22 @@ def test_sparseloco_subtracts_the_mean_times_alpha() -> None:
     assert_close(theta, [a - 0.5 * b for a, b in zip(draw(0), draw(1), strict=True)])
 
 
+@pytest.mark.parametrize("name", ["sparseloco", "diloco"])
+def test_the_outer_rate_falls_over_the_last_two_fifths(name: str) -> None:
+    """Of 3,000 steps in rounds of 15 from round 120 on, to the share that is asked for; by default it does not."""
+    rates = {"strategy__outer_lr": 0.8, "strategy__min_outer_lr_ratio": 0.25}
+    falling, constant = made(name, **rates), made(name, strategy__outer_lr=0.8)
+    expected = {0: 0.8, 120: 0.8, 140: 0.65, 160: 0.5, 200: 0.2, 300: 0.2}
+    assert {round: falling.outer_lr(round) for round in expected} == pytest.approx(expected)
+    assert {constant.outer_lr(round) for round in expected} == {0.8}
+    moved = []
+    for strategy in (falling, constant):
+        theta = [torch.zeros(shape) for _, shape in SHAPES]
+        strategy.step(theta, draw(1), 160)
+        moved.append(theta)
+    assert_close(moved[0], [tensor * 0.625 for tensor in moved[1]])
+
+
 def test_diloco_is_nesterov_on_the_mean_delta() -> None:
     """Torch's own SGD with Nesterov momentum takes the same steps (arXiv 2311.08105, algorithm 1)."""
     reference = draw(0)
@@ -168,6 +184,8 @@ def test_an_unknown_strategy_lists_the_choices() -> None:
     [
         ("sparseloco", "strategy.outer_momentum", 0.9),
         ("ddp", "strategy.outer_momentum", 0.9),
+        ("ddp", "strategy.min_outer_lr_ratio", 0.5),
+        ("demo", "strategy.min_outer_lr_ratio", 0.5),
         ("ddp", "train.optimizer", "muon"),
         ("demo", "train.optimizer", "muon"),
     ],

@@ -235,13 +235,16 @@ class StrategyConfig:
     """Nesterov momentum of the outer step (mu), for the strategies that have one."""
     feedback_decay: float = 0.95
     """Share of the error feedback that each round keeps (beta)."""
+    min_outer_lr_ratio: float = added(1.0)
+    """What is left of outer_lr at train.total_steps: it falls linearly over the last two fifths of them."""
 
     def __post_init__(self) -> None:
         settle_types(self, self.SECTION)
         require(self.outer_lr > 0, "strategy.outer_lr", "be above 0", self.outer_lr)
-        mu, beta = self.outer_momentum, self.feedback_decay
+        mu, beta, ratio = self.outer_momentum, self.feedback_decay, self.min_outer_lr_ratio
         require(0 <= mu < 1, "strategy.outer_momentum", "be at least 0 and below 1", mu)
         require(0 <= beta <= 1, "strategy.feedback_decay", "be between 0 and 1", beta)
+        require(0 < ratio <= 1, "strategy.min_outer_lr_ratio", "be above 0 and at most 1", ratio)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from dtrain.trainer.errors import RunError, UsageError
 from dtrain.trainer.inner import DELTA
 from dtrain.trainer.manifest import Manifest
 
+OUTER_DECAY_FROM = 0.6  # share of total_steps after which the outer rate falls
+
 
 class Strategy(ABC):
     """A strategy says what the workers' inner steps give, and how the mean of it moves theta.
@@ -46,6 +48,12 @@ class Strategy(ABC):
         operation rounds once instead of twice, on some machines only), and `exact.py` for scalars.
         """
 
+    def outer_lr(self, round: int) -> float:
+        """Step size of this round's outer step (alpha); see StrategyConfig.min_outer_lr_ratio."""
+        progress = min(1.0, round * self.train.inner_steps / self.train.total_steps)
+        fallen = max(0.0, progress - OUTER_DECAY_FROM) / (1.0 - OUTER_DECAY_FROM)
+        return self.config.outer_lr * (1.0 - (1.0 - self.config.min_outer_lr_ratio) * fallen)
+
     def track(self, name: str) -> list[Tensor]:
         """A tensor per parameter, at first 0, that all workers hold alike: newcomers get it beside theta."""
         self._shared[name] = torch.zeros(sum(self._sizes))
@@ -71,9 +79,16 @@ class Strategy(ABC):
         require(self.config.outer_momentum == 0, "strategy.outer_momentum", rule, self.config.outer_momentum)
 
     def refuse_optimizer(self) -> None:
-        """For strategies that collect gradients: no inner optimizer sees them."""
+        """For strategies that collect gradients: no inner optimizer sees them, and their rate is the inner one's."""
         if self.train.optimizer != "adamw":
             raise UsageError(
                 f"strategy.name = {self.config.name} has no inner optimizer: leave out "
                 f"train.optimizer = {self.train.optimizer}"
             )
+        rule = f"be 1 for strategy.name = {self.config.name}, whose outer rate follows the inner one"
+        require(
+            self.config.min_outer_lr_ratio == 1,
+            "strategy.min_outer_lr_ratio",
+            rule,
+            self.config.min_outer_lr_ratio,
+        )

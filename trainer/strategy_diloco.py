@@ -35,8 +35,8 @@ class Diloco(Strategy):
 
     def step(self, theta: Sequence[Tensor], mean: Sequence[Tensor], round: int) -> None:
         """See Strategy."""
-        momentum = self.config.outer_momentum
+        momentum, outer_lr = self.config.outer_momentum, self.outer_lr(round)
         for outer, delta, velocity in zip(theta, mean, self._velocity, strict=True):
             velocity.mul_(momentum).add_(delta)
             delta.add_(velocity * momentum)
-            outer.sub_(delta.mul_(self.config.outer_lr))
+            outer.sub_(delta.mul_(outer_lr))

@@ -20,5 +20,6 @@ class SparseLoco(Strategy):
 
     def step(self, theta: Sequence[Tensor], mean: Sequence[Tensor], round: int) -> None:
         """See Strategy."""
+        outer_lr = self.outer_lr(round)
         for outer, delta in zip(theta, mean, strict=True):
-            outer.sub_(delta.mul_(self.config.outer_lr))
+            outer.sub_(delta.mul_(outer_lr))
