@@ -236,7 +236,7 @@ class StrategyConfig:
     feedback_decay: float = 0.95
     """Share of the error feedback that each round keeps (beta)."""
     min_outer_lr_ratio: float = added(1.0)
-    """What is left of outer_lr at train.total_steps: it falls linearly over the last two fifths of them."""
+    """What is left of outer_lr at train.total_steps, to which it falls by a cosine; 1 = it does not."""
 
     def __post_init__(self) -> None:
         settle_types(self, self.SECTION)

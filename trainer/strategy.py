@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from dtrain.compression.layout import Shapes
+from dtrain.trainer import exact
 from dtrain.trainer.config import require
 from dtrain.trainer.errors import RunError, UsageError
 from dtrain.trainer.inner import DELTA
 from dtrain.trainer.manifest import Manifest
-
-OUTER_DECAY_FROM = 0.6  # share of total_steps after which the outer rate falls
 
 
 class Strategy(ABC):
@@ -51,8 +50,8 @@ class Strategy(ABC):
     def outer_lr(self, round: int) -> float:
         """Step size of this round's outer step (alpha); see StrategyConfig.min_outer_lr_ratio."""
         progress = min(1.0, round * self.train.inner_steps / self.train.total_steps)
-        fallen = max(0.0, progress - OUTER_DECAY_FROM) / (1.0 - OUTER_DECAY_FROM)
-        return self.config.outer_lr * (1.0 - (1.0 - self.config.min_outer_lr_ratio) * fallen)
+        ratio, cosine = self.config.min_outer_lr_ratio, 0.5 * (1.0 + exact.cosine(math.pi * progress))
+        return self.config.outer_lr * (ratio + (1.0 - ratio) * cosine)
 
     def track(self, name: str) -> list[Tensor]:
         """A tensor per parameter, at first 0, that all workers hold alike: newcomers get it beside theta."""
