@@ -15,4 +15,4 @@ def scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
     """Three digits, or all before the point: "1.49 GB", "95.4 s", "3,366 s"."""
     size, name = next((unit for unit in reversed(units) if value >= unit[0]), units[0])
     value /= size
-    return f"{value:,.0f}{name}" if value >= 100 else f"{value:#.3g}{name}"
+    return f"{value:,.0f}{name}" if value >= 99.95 else f"{value:#.3g}{name}"

@@ -13,6 +13,7 @@ from sim_tools import only_run, simulated, write_file
 from dtrain.compression.codec import Codec
 from dtrain.experiments.network import MESSAGE_BYTES, WIRE_OVERHEAD, Link, ModelledLinks, arrivals_s
 from dtrain.experiments.plan_cost import bytes_per_param, round_cost
+from dtrain.experiments.scaled import BYTES, scaled
 from dtrain.trainer import cli
 from dtrain.trainer.flat import FlatParameters
 from dtrain.trainer.manifest import preset_manifest
@@ -99,6 +100,15 @@ def test_the_table_has_every_strategy(capsys: pytest.CaptureFixture[str]) -> Non
     for name in STRATEGIES:
         assert re.search(rf"^ ?{name}\b", text, re.MULTILINE), name
     assert "20 Mbit/s up, 100 down, 80 ms" in text and "1.2 s (given)" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.4, "0.400 B"), (99.97, "100 B"), (999.0, "999 B"), (1234.0, "1.23 kB"), (5e15, "5,000 TB")],
+)
+def test_figures_are_short(value: float, text: str) -> None:
+    """Three digits in the largest unit that a figure reaches."""
+    assert scaled(value, BYTES) == text
 
 
 @pytest.mark.parametrize("size", [("1e3", "2"), ("1e6", "4"), ("1e9", "32"), ("1e13", "1024")])
