@@ -43,8 +43,8 @@ summary.json
         lost_sections            parts of payloads that came too late and went back into the error feedback
         digest                   hex hash of the last theta
         digests_equal            whether all workers held one theta after every round
-        train_loss               mean `loss` of the last tenth of the rounds: over more text than eval_loss, so that it
-                                 differs less from seed to seed. It stands in summary.json alone
+        train_loss               mean `loss` of the last tenth of the rounds: over more text than eval_loss; nearly
+                                 equal runs differ less in it. It stands in summary.json alone
         settings                 {dotted setting: value} of all that is varied in the sweep
         to_target                only with simulate.target_loss: {loss, tokens, time_s, bytes_up_per_worker} where the
                                  evaluation loss first was that low, on a straight line between two evaluations; null

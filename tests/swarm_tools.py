@@ -150,16 +150,18 @@ def swarm(run_id: str, base: Path) -> Iterator[Swarm]:
 
 def our_processes(base: Path) -> list[psutil.Process]:
     """Processes that belong to workers with folders below `base`, however they were started."""
+    return started_with("DTRAIN_RUNTIME_DIR", str(base / "runtime"))
+
+
+def started_with(variable: str, value: str) -> list[psutil.Process]:
+    """Processes that were started with this in their environment, on the whole machine."""
     found = []
     for process in psutil.process_iter():
         try:
             env = process.environ()
         except (psutil.Error, OSError):
             continue
-        if (
-            env.get("DTRAIN_RUNTIME_DIR") == str(base / "runtime")
-            and process.status() != psutil.STATUS_ZOMBIE
-        ):
+        if env.get(variable) == value and process.status() != psutil.STATUS_ZOMBIE:
             found.append(process)
     return found
 

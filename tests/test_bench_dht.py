@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-import psutil
 import pytest
-from swarm_tools import eventually
+from swarm_tools import eventually, started_with
 
 from dtrain.trainer import cli
 
 pytestmark = pytest.mark.xdist_group("processes")
 
-MARK = "DTRAIN_TEST_BENCH"  # what a test starts, however it ends, has this in its environment
-
-
-def ours(mark: str) -> list[psutil.Process]:
-    """Peers and daemons that a test with this mark has started, and not those of other benches on this machine."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == mark and process.pid != os.getpid():
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
+MARK = "DTRAIN_TEST_BENCH"  # what a test starts has this in its environment: other benches may run on the machine
 
 
 def test_records_are_found_after_a_part_of_the_peers_is_killed(
@@ -40,7 +26,7 @@ def test_records_are_found_after_a_part_of_the_peers_is_killed(
     assert code == 0 and (found["peers"], found["killed"]) == (12, 4)
     assert (found["before"]["looks"], found["after"]["looks"]) == (36, 24)
     assert found["before"]["share_found"] == 1.0 and found["after"]["share_in_time"] >= 0.95
-    eventually(lambda: not ours(str(tmp_path)), "peers of the bench are left", 10.0)
+    eventually(lambda: not started_with(MARK, str(tmp_path)), "peers of the bench are left", 10.0)
 
 
 def test_silent_peers_hide_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +37,7 @@ def test_silent_peers_hide_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyP
     cli.main(["bench", "dht", *flags, "--json", str(figures)])
     found = json.loads(figures.read_text())
     assert (found["killed"], found["after"]["looks"], found["after"]["share_found"]) == (4, 8, 1.0)
-    eventually(lambda: not ours(str(tmp_path)), "peers of the bench are left", 10.0)
+    eventually(lambda: not started_with(MARK, str(tmp_path)), "peers of the bench are left", 10.0)
 
 
 @pytest.mark.parametrize("flags", [["--peers", "4"], ["--killed", "1"], ["--looks", "0"], ["--at-once", "0"]])

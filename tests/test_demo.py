@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from rich.console import Console
-from swarm_tools import eventually
+from swarm_tools import eventually, started_with
 
 from dtrain.experiments.demo_cast import FINISHED, KILLED, LEFT, Member, Script
 from dtrain.experiments.demo_summary import Result, print_result, summarize
@@ -219,14 +219,7 @@ def temp_folder() -> Iterator[Path]:
 
 def processes_of(temp: Path) -> list[psutil.Process]:
     """All processes that were started with this temp folder."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("TMPDIR") == str(temp) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
+    return started_with("TMPDIR", str(temp))
 
 
 def files_of(temp: Path) -> list[Path]:

@@ -34,6 +34,11 @@ def cosine(angle: float) -> float:
     return value
 
 
+def cosine_decay(progress: float, ratio: float) -> float:
+    """From 1 at progress 0 down to `ratio` at progress 1, and on."""
+    return ratio + (1.0 - ratio) * (0.5 * (1.0 + cosine(math.pi * min(1.0, progress))))
+
+
 def norm(tensors: Sequence[Tensor]) -> float:
     """Euclidean norm of all elements of finite fp32 tensors, to about 1e-6 of it.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -34,9 +33,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     length = max(1, config.total_steps - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / length)
-    cosine = 0.5 * (1.0 + exact.cosine(math.pi * progress))  # some outer steps use this rate too
-    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine)
+    progress = (step - config.warmup_steps) / length
+    return config.lr * exact.cosine_decay(progress, config.min_lr_ratio)  # some outer steps use this rate too
 
 
 class Inner(Protocol):

@@ -49,9 +49,8 @@ class Strategy(ABC):
 
     def outer_lr(self, round: int) -> float:
         """Step size of this round's outer step (alpha); see StrategyConfig.min_outer_lr_ratio."""
-        progress = min(1.0, round * self.train.inner_steps / self.train.total_steps)
-        ratio, cosine = self.config.min_outer_lr_ratio, 0.5 * (1.0 + exact.cosine(math.pi * progress))
-        return self.config.outer_lr * (ratio + (1.0 - ratio) * cosine)
+        progress = round * self.train.inner_steps / self.train.total_steps
+        return self.config.outer_lr * exact.cosine_decay(progress, self.config.min_outer_lr_ratio)
 
     def track(self, name: str) -> list[Tensor]:
         """A tensor per parameter, at first 0, that all workers hold alike: newcomers get it beside theta."""
@@ -78,16 +77,14 @@ class Strategy(ABC):
         require(self.config.outer_momentum == 0, "strategy.outer_momentum", rule, self.config.outer_momentum)
 
     def refuse_optimizer(self) -> None:
-        """For strategies that collect gradients: no inner optimizer sees them, and their rate is the inner one's."""
+        """For strategies that collect gradients: no inner optimizer sees them."""
         if self.train.optimizer != "adamw":
             raise UsageError(
                 f"strategy.name = {self.config.name} has no inner optimizer: leave out "
                 f"train.optimizer = {self.train.optimizer}"
             )
-        rule = f"be 1 for strategy.name = {self.config.name}, whose outer rate follows the inner one"
-        require(
-            self.config.min_outer_lr_ratio == 1,
-            "strategy.min_outer_lr_ratio",
-            rule,
-            self.config.min_outer_lr_ratio,
-        )
+
+    def refuse_outer_schedule(self) -> None:
+        """For strategies whose outer rate is the inner schedule's."""
+        rule, ratio = f"be 1 for strategy.name = {self.config.name}", self.config.min_outer_lr_ratio
+        require(ratio == 1, "strategy.min_outer_lr_ratio", rule, ratio)

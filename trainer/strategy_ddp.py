@@ -35,6 +35,7 @@ class Ddp(Strategy):
         super().__init__(manifest, shapes)
         self.refuse_momentum()
         self.refuse_optimizer()
+        self.refuse_outer_schedule()
         self._first, self._second = self.track("first_moment"), self.track("second_moment")
 
     def step(self, theta: Sequence[Tensor], mean: Sequence[Tensor], round: int) -> None:

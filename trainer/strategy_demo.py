@@ -37,6 +37,7 @@ class Demo(Strategy):
         super().__init__(manifest, shapes)
         self.refuse_momentum()
         self.refuse_optimizer()
+        self.refuse_outer_schedule()
 
     def step(self, theta: Sequence[Tensor], mean: Sequence[Tensor], round: int) -> None:
         """See Strategy."""
